@@ -1,4 +1,4 @@
-"""Shared test setup: CPU with 8 simulated devices, a persistent compilation cache, strict warnings."""
+"""Shared test set-up: CPU with 8 simulated devices and a persistent compilation cache."""
 
 from __future__ import annotations
 
