@@ -1,0 +1,38 @@
+"""Architectures: a registry of classic and efficient networks as Flax NNX modules.
+
+``create(name, rngs=nnx.Rngs(0), num_classes=10)`` builds one, ``abstract(name)`` its structure
+without memory, ``names()`` lists them, ``config(name)`` shows the fields, ``input_shape(name)`` the
+standard input. Activations are NHWC, kernels HWIO.
+"""
+
+from __future__ import annotations
+
+from cnnjax.models.registry import (
+    ModelConfig,
+    Provenance,
+    abstract,
+    config,
+    create,
+    input_shape,
+    names,
+    register,
+)
+
+# the family modules (one a line, sorted); each registers its variants when first imported
+FAMILIES = (
+    "lenet",
+    "resnet_cifar",
+    "vgg_cifar",
+)
+
+__all__ = [
+    "FAMILIES",
+    "ModelConfig",
+    "Provenance",
+    "abstract",
+    "config",
+    "create",
+    "input_shape",
+    "names",
+    "register",
+]

@@ -1,0 +1,358 @@
+"""Shared blocks: the models' base class, layers with torch-style padding, pools, feature taps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from cnnjax.errors import did_you_mean
+from cnnjax.models import init
+
+Wanted = bool | str | Sequence[str] | None
+
+
+class Taps:
+    """Collects a network's named intermediate maps during one forward pass.
+
+    ``taps(name, x)`` returns ``x`` and keeps it when it's wanted; `result` joins logits and maps.
+    """
+
+    def __init__(self, wanted: Wanted = None):
+        self._all = wanted is True
+        if wanted is None or isinstance(wanted, bool):
+            wanted = ()
+        self._wanted = (wanted,) if isinstance(wanted, str) else tuple(wanted)
+        self._seen: list[str] = []
+        self._maps: dict[str, Any] = {}
+        self._plain = not self._all and not self._wanted
+
+    def __call__(self, name: str, x: Any) -> Any:
+        self._seen.append(name)
+        if self._all or name in self._wanted:
+            self._maps[name] = x
+        return x
+
+    def result(self, logits: Any) -> Any:
+        """Logits alone, or ``(logits, {name: map})`` when features were asked for."""
+        for name in self._wanted:
+            if name not in self._seen:
+                raise ValueError(f"no feature {name!r} here.{did_you_mean(name, self._seen)}")
+        return logits if self._plain else (logits, dict(self._maps))
+
+
+class Model(nnx.Module):
+    """Base of every architecture: checks the input, casts, names intermediate maps.
+
+    A subclass sets ``self.config`` and implements ``forward(x, taps)``. ``min_size`` is the
+    smallest height and width it accepts; ``exact_size`` is set where a dense layer fixes them.
+    """
+
+    config: Any
+    provenance: Any = None
+    min_size: int = 1
+    exact_size: int | None = None
+
+    def forward(self, x: Any, taps: Taps) -> Any:
+        """Maps checked NHWC images to logits; implemented by the architecture."""
+        raise NotImplementedError
+
+    def __call__(self, x: Any, *, return_features: Wanted = None) -> Any:
+        """Logits of a batch of images.
+
+        Args:
+          x: images (N, H, W, C), C = ``config.in_channels``.
+          return_features: names of intermediate maps (one, several, or True for all).
+
+        Returns:
+          logits (N, num_classes), or ``(logits, {name: map})`` with ``return_features``.
+
+        Raises:
+          ValueError: wrong rank, channels or size, or unknown feature name.
+        """
+        self._check(x)
+        dtype = self.config.dtype
+        taps = Taps(return_features)
+        logits = self.forward(x if dtype is None else jnp.asarray(x, dtype), taps)
+        return taps.result(logits if dtype is None else logits.astype(jnp.float32))
+
+    def _check(self, x: Any) -> None:
+        what = self.provenance.name if self.provenance is not None else type(self).__name__
+        shape = tuple(x.shape)
+        if len(shape) != 4:
+            raise ValueError(f"{what} takes images (N, H, W, C), got shape {shape}")
+        if shape[3] != self.config.in_channels:
+            raise ValueError(
+                f"{what} was built for {self.config.in_channels} input channels, got {shape[3]} in "
+                f"shape {shape}; images are (N, H, W, C), and in_channels= sets the channels"
+            )
+        if self.exact_size is not None and shape[1:3] != (self.exact_size, self.exact_size):
+            raise ValueError(
+                f"{what} was built for {self.exact_size}x{self.exact_size} images, got "
+                f"{shape[1]}x{shape[2]}; image_size= builds it for another size"
+            )
+        if min(shape[1:3]) < self.min_size:
+            raise ValueError(
+                f"{what} needs images of at least {self.min_size}x{self.min_size}, "
+                f"got {shape[1]}x{shape[2]}"
+            )
+
+
+def conv(
+    in_features: int,
+    out_features: int,
+    kernel: int | tuple[int, int],
+    stride: int = 1,
+    *,
+    rngs: nnx.Rngs,
+    pad: int | str | tuple[int, int] | None = None,
+    groups: int = 1,
+    use_bias: bool = False,
+    dtype: str | None = None,
+    kernel_init: Any = None,
+    bias_init: Any = None,
+) -> nnx.Conv:
+    """A convolution with torch-style explicit padding.
+
+    Args:
+      in_features, out_features: channels.
+      kernel: size, square or (h, w).
+      stride: of both axes.
+      rngs: stream ``params``.
+      pad: zeros on each side, one number or (h, w); None keeps the size for odd kernels at
+        stride 1; ``"SAME"``/``"VALID"`` as in lax.
+      groups: channel groups.
+      use_bias: adds a bias.
+      dtype: of the computation.
+      kernel_init, bias_init: initialisers; He fan-out and zeros unless given.
+
+    Raises:
+      ValueError: if the channels don't divide by the groups.
+    """
+    if in_features % groups or out_features % groups:
+        raise ValueError(
+            f"{groups} groups don't divide the channels {in_features} -> {out_features}"
+        )
+    size = (kernel, kernel) if isinstance(kernel, int) else tuple(kernel)
+    if pad is None:
+        pad = (size[0] // 2, size[1] // 2)
+    if not isinstance(pad, str):
+        ph, pw = (pad, pad) if isinstance(pad, int) else pad
+        padding: Any = ((ph, ph), (pw, pw))
+    else:
+        padding = pad
+    return nnx.Conv(
+        in_features,
+        out_features,
+        size,
+        stride,
+        padding=padding,
+        feature_group_count=groups,
+        use_bias=use_bias,
+        dtype=dtype,
+        kernel_init=kernel_init or init.he_normal("out"),
+        bias_init=bias_init or init.constant(0.0),
+        rngs=rngs,
+    )
+
+
+def linear(
+    in_features: int,
+    out_features: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: str | None = None,
+    kernel_init: Any = None,
+    bias_init: Any = None,
+) -> nnx.Linear:
+    """A dense layer with bias; uniform fan-in kernel unless another initialiser is given."""
+    return nnx.Linear(
+        in_features,
+        out_features,
+        dtype=dtype,
+        kernel_init=kernel_init or init.uniform_fan_in(1.0),
+        bias_init=bias_init or init.constant(0.0),
+        rngs=rngs,
+    )
+
+
+def batch_norm(
+    features: int,
+    *,
+    rngs: nnx.Rngs,
+    dtype: str | None = None,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    use_scale: bool = True,
+    scale: float = 1.0,
+) -> nnx.BatchNorm:
+    """Batch normalisation with torch's defaults (its momentum 0.1 is Flax's 0.9)."""
+    return nnx.BatchNorm(
+        features,
+        epsilon=epsilon,
+        momentum=momentum,
+        use_scale=use_scale,
+        # E[x^2] - E[x]^2 cancels where activations grow large in deep networks
+        use_fast_variance=False,
+        dtype=dtype,
+        scale_init=init.constant(scale),
+        bias_init=init.constant(0.0),
+        rngs=rngs,
+    )
+
+
+class ConvNorm(nnx.Module):
+    """Convolution, batch normalisation and (unless ``relu=False``) ReLU.
+
+    Options of `conv` (stride, pad, groups, use_bias) and of `batch_norm` (epsilon, momentum,
+    use_scale) pass through. The parts are ``conv`` and ``bn``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        kernel: int | tuple[int, int],
+        stride: int = 1,
+        *,
+        rngs: nnx.Rngs,
+        relu: bool = True,
+        dtype: str | None = None,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        use_scale: bool = True,
+        **options: Any,
+    ):
+        self.conv = conv(
+            in_features, out_features, kernel, stride, rngs=rngs, dtype=dtype, **options
+        )
+        self.bn = batch_norm(
+            out_features,
+            rngs=rngs,
+            dtype=dtype,
+            epsilon=epsilon,
+            momentum=momentum,
+            use_scale=use_scale,
+        )
+        self.relu = relu
+
+    def __call__(self, x: Any) -> Any:
+        """(N, H, W, in) -> (N, H', W', out)."""
+        x = self.bn(self.conv(x))
+        return jax.nn.relu(x) if self.relu else x
+
+
+def flatten(x: Any) -> Any:
+    """(N, H, W, C) -> (N, H*W*C), in (h, w, c) order."""
+    return x.reshape(x.shape[0], -1)
+
+
+def global_avg_pool(x: Any) -> Any:
+    """(N, H, W, C) -> (N, C), the mean over positions."""
+    return jnp.mean(x, (1, 2))
+
+
+def _pool_pads(size: int, window: int, stride: int, pad: int, ceil: bool) -> tuple[int, int]:
+    if not ceil:
+        return pad, pad
+    out = math.ceil((size + 2 * pad - window) / stride) + 1
+    if (out - 1) * stride >= size + pad:
+        # torch and Caffe drop a window that would start in the right padding
+        out -= 1
+    return pad, max(pad, (out - 1) * stride + window - size - pad)
+
+
+def max_pool(
+    x: Any, window: int, stride: int | None = None, *, pad: int = 0, ceil: bool = False
+) -> Any:
+    """Max pooling, square window, torch-style padding; ``ceil`` rounds the output size up."""
+    stride = stride or window
+    pads = [_pool_pads(n, window, stride, pad, ceil) for n in x.shape[1:3]]
+    return nnx.max_pool(x, (window, window), (stride, stride), padding=pads)
+
+
+def avg_pool(
+    x: Any,
+    window: int,
+    stride: int | None = None,
+    *,
+    pad: int | str = 0,
+    ceil: bool = False,
+    count_include_pad: bool = True,
+) -> Any:
+    """Average pooling, square window; ``pad`` zeros per side or ``"SAME"``."""
+    stride = stride or window
+    pads: Any = pad
+    if not isinstance(pad, str):
+        pads = [_pool_pads(n, window, stride, pad, ceil) for n in x.shape[1:3]]
+    return nnx.avg_pool(
+        x,
+        (window, window),
+        (stride, stride),
+        padding=pads,
+        count_include_pad=count_include_pad,
+    )
+
+
+def adaptive_avg_pool(x: Any, size: int) -> Any:
+    """Average pooling to ``size`` x ``size`` with torch's bins; the identity when it already is.
+
+    Bin i covers rows floor(i H / size) to ceil((i + 1) H / size).
+    """
+    for axis in (1, 2):
+        n = x.shape[axis]
+        if n == size:
+            continue
+        bins = [
+            jnp.mean(
+                jax.lax.slice_in_dim(x, i * n // size, -(-(i + 1) * n // size), axis=axis),
+                axis,
+                keepdims=True,
+            )
+            for i in range(size)
+        ]
+        x = jnp.concatenate(bins, axis)
+    return x
+
+
+def local_response_norm(
+    x: Any, *, window: int = 5, alpha: float = 1e-4, beta: float = 0.75, k: float = 1.0
+) -> Any:
+    """Response normalisation across channels, x / (k + alpha * S)^beta.
+
+    S is the sum of squares over ``window`` neighbouring channels. ``alpha`` isn't divided by the
+    window here (the AlexNet paper's form); Caffe and torch divide it.
+    """
+    sums = jax.lax.reduce_window(
+        jnp.square(x),
+        jnp.zeros((), x.dtype),
+        jax.lax.add,
+        (1, 1, 1, window),
+        (1, 1, 1, 1),
+        ((0, 0), (0, 0), (0, 0), (window // 2, window - 1 - window // 2)),
+    )
+    return x / (k + alpha * sums) ** beta
+
+
+def run(module: Any, *args: Any, remat: bool = False) -> Any:
+    """``module(*args)``; with ``remat`` its activations are recomputed in the backward pass.
+
+    State that the call changes (batch statistics, random counters) is carried over.
+    """
+    if not remat:
+        return module(*args)
+    graphdef, params, rest = nnx.split(module, nnx.Param, ...)
+
+    @jax.checkpoint
+    def call(params: Any, rest: Any, *args: Any) -> Any:
+        inner = nnx.merge(graphdef, params, rest, copy=True)
+        out = inner(*args)
+        return out, nnx.state(inner, nnx.Not(nnx.Param))
+
+    out, new = call(params, rest, *args)
+    nnx.update(module, new)
+    return out
