@@ -39,3 +39,14 @@ def real_data() -> pathlib.Path:
 def root() -> pathlib.Path:
     """The repository's root."""
     return ROOT
+
+
+@pytest.fixture
+def as_user():
+    """Switches the shape annotations' checks off: a user sees the library's own error messages."""
+    from jaxtyping import config
+
+    before = config.jaxtyping_disable
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", before)
