@@ -9,9 +9,6 @@ E. Alpaydin, C. Kaynak: Optical Recognition of Handwritten Digits. UCI ML Reposi
 
 from __future__ import annotations
 
-import fcntl
-import os
-import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -81,18 +78,4 @@ def prepare(root: str) -> None:
     """
     from cnnjax.data.prepare import write
 
-    try:
-        pathlib.Path(root).mkdir(parents=True, exist_ok=True)
-        lock = os.open(pathlib.Path(root) / ".digits.lock", os.O_CREAT | os.O_RDWR)
-    except OSError as e:
-        raise OSError(
-            e.errno,
-            f"cannot write the digits data set under {root} ({e.strerror}); "
-            "choose another folder with data_dir or the environment variable TFDS_DATA_DIR",
-        ) from e
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not Digits(data_dir=root, file_format="array_record").is_prepared():
-            write(Digits, root, progress=False)
-    finally:
-        os.close(lock)
+    write(Digits, root, exist_ok=True)

@@ -1,158 +1,20 @@
-"""Batches by number: any batch of any epoch is a pure function of (seed, its number).
+"""The loader: Grain reads batches by number, so the position is one number, the next batch.
 
-The stream is a Grain data source whose elements are whole batches, so that Grain's workers
-prefetch batches in order, and the position is one number: the next batch.
+The Grain data source's elements are whole batches: workers prefetch them in order, small sets are
+augmented a batch at a time, and a position does not depend on how many workers there are.
 """
 
 from __future__ import annotations
 
-import sys
+import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from cnnjax.data import augment as aug
 from cnnjax.data.augment import Augment
-from cnnjax.data.sources import (
-    DatasetInfo,
-    PathLike,
-    Records,
-    arrays,
-    decode_image,
-    default_data_dir,
-    info,
-)
-
-_MEMORY_LIMIT = 2**30  # decoded bytes up to which a split is kept in memory by default
-
-
-class _Batches:
-    """Random access to batches: ``self[i]`` is batch ``i`` of the endless training stream."""
-
-    def __init__(
-        self,
-        *,
-        described: DatasetInfo,
-        split: str,
-        batch_size: int,
-        train: bool,
-        seed: int,
-        augment: Augment,
-        drop_remainder: bool,
-        epochs: int | None,
-        process: tuple[int, int],
-        root: str,
-        in_memory: bool | None,
-    ):
-        index, count = process
-        if batch_size < 1 or batch_size % count:
-            raise ValueError(
-                f"batch_size {batch_size} (over all processes) must be a positive multiple of the "
-                f"number of processes, {count}"
-            )
-        self.train, self.seed, self.augment, self.batch_size = train, seed, augment, batch_size
-        self.classes, self.drop = described.num_classes, drop_remainder
-        self.rows = slice(index * batch_size // count, (index + 1) * batch_size // count)
-        self.local = batch_size // count
-        self.size = augment.out_size(described.image_shape, train=train)
-        if train and augment.mixup and self.local % 2:
-            raise ValueError(
-                f"augmentation: mixup pairs the rows of a batch: {self.local} per process is odd"
-            )
-        self.records = Records(described.name, split, root)
-        self.n = len(self.records)
-        self.channels = self.records.channels
-        fixed = None not in described.image_shape
-        if in_memory is None:
-            nbytes = self.n * np.prod([d or 0 for d in described.image_shape])
-            in_memory = bool(fixed and nbytes <= _MEMORY_LIMIT)
-        self.images = None
-        self._padded = False
-        if in_memory:
-            self.images, self.labels = arrays(described.name, split, root)
-            if train and augment.pad and augment.resize is None:
-                self.images, self._padded = aug.pad_images(self.images, augment), True
-        self.per_epoch = self.n // batch_size if drop_remainder else -(-self.n // batch_size)
-        if not self.per_epoch:
-            raise ValueError(
-                f"batch_size {batch_size} is larger than the {self.n} examples of "
-                f"{described.name!r} {split!r}: not one whole batch (give drop_remainder=False)"
-            )
-        if epochs is not None and epochs < 1:
-            raise ValueError(f"epochs must be at least 1, or None, got {epochs}")
-        endless = sys.maxsize // self.per_epoch // 2
-        self.total = self.per_epoch * (endless if epochs is None else epochs)
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, np.intp))
-
-    def __len__(self) -> int:
-        return self.total
-
-    def __repr__(self) -> str:
-        return f"Batches({self.records.name}, {self.records.split}, {self.batch_size})"
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The records' order in an epoch."""
-        if not self.train:
-            return np.arange(self.n)
-        known, order = self._order  # one tuple: safe under threads
-        if known != epoch:
-            order = np.random.default_rng([self.seed, 0, epoch]).permutation(self.n)
-            self._order = (epoch, order)
-        return order
-
-    def __getitem__(self, number: int) -> dict[str, np.ndarray]:
-        number = int(number)
-        epoch, step = divmod(number, self.per_epoch)
-        start = step * self.batch_size
-        chosen = self.order(epoch)[start : start + self.batch_size][self.rows]
-        # drawn for the global batch: the same for any number of processes
-        rng = np.random.default_rng([self.seed, 1, number])
-        u = rng.random((self.batch_size, aug.COLUMNS))[self.rows] if self.train else None
-        images, labels = self._geometry(chosen, u)
-        missing = self.local - len(chosen)
-        if missing:
-            images = np.concatenate([images, np.zeros((missing, *images.shape[1:]), np.uint8)])
-            labels = np.concatenate([labels, np.zeros(missing, np.int32)])
-        x = aug.pixels(images, u if u is not None else np.empty(0), self.augment, train=self.train)
-        batch = {"image": x, "label": labels}
-        if not self.drop:
-            weight = np.zeros(self.local, np.float32)
-            weight[: len(chosen)] = 1.0
-            batch["weight"] = weight
-        if self.train and self.augment.soft:
-            soft = aug.soft_labels(labels, self.classes, self.augment.label_smoothing)
-            if self.augment.mixup:
-                lam = float(rng.beta(self.augment.mixup, self.augment.mixup))
-                batch["image"], soft = aug.mix(x, lam), aug.mix(soft, lam)
-            batch["soft_label"] = soft
-        return batch
-
-    def _geometry(self, chosen: np.ndarray, u: Any) -> tuple[np.ndarray, np.ndarray]:
-        spec, train = self.augment, self.train
-        resampled = spec.resize is not None or (train and spec.random_resized_crop is not None)
-        empty = np.empty((0, *self.size, self.channels), np.uint8)
-        if not len(chosen):
-            return empty, np.empty(0, np.int32)
-        if u is None:
-            u = np.zeros((len(chosen), aug.COLUMNS))
-        u = u[: len(chosen)]
-        if self.images is not None and not resampled:
-            out = aug.geometry(
-                self.images, chosen, u, spec, self.size, train=train, padded=self._padded
-            )
-            return out, self.labels[chosen]
-        if self.images is not None:
-            pictures, labels = self.images[chosen], self.labels[chosen]
-        else:
-            encoded, labels = self.records.encoded(chosen.tolist())
-            # a JPEG may be decoded at a fraction of its size as long as no crop gets enlarged
-            pictures = [decode_image(e, self.channels) for e in encoded]
-        done = [
-            aug.one(p, row, spec, self.size, train=train)
-            for p, row in zip(pictures, u, strict=True)
-        ]
-        return np.stack(done), labels
+from cnnjax.data.batches import Batches
+from cnnjax.data.sources import DatasetInfo, PathLike, default_data_dir, info
 
 
 class Loader(Iterator[dict[str, np.ndarray]]):
@@ -165,7 +27,7 @@ class Loader(Iterator[dict[str, np.ndarray]]):
       image_shape: ``(height, width, channels)`` of a batch's images.
     """
 
-    def __init__(self, batches: _Batches, described: DatasetInfo, read: Any, processes: Any):
+    def __init__(self, batches: Batches, described: DatasetInfo, read: Any, processes: Any):
         self.info, self._batches, self._read, self._processes = described, batches, read, processes
         self.steps_per_epoch, self.num_examples = batches.per_epoch, batches.n
         self.image_shape = (*batches.size, batches.channels)
@@ -175,7 +37,8 @@ class Loader(Iterator[dict[str, np.ndarray]]):
     def _start(self) -> Any:
         import grain
 
-        rest = grain.MapDataset.source(self._batches)[self._position :]
+        source: Any = self._batches
+        rest = grain.MapDataset.source(source)[self._position :]
         stream = rest.to_iter_dataset(self._read)
         if self._processes is not None:
             from absl import flags
@@ -268,7 +131,7 @@ def loader(
     data_dir: PathLike | None = None,
     epochs: int | None = None,
     drop_remainder: bool | None = None,
-    workers: int = 2,
+    workers: int | None = None,
     worker_processes: bool = False,
     prefetch: int = 4,
     process_index: int | None = None,
@@ -295,7 +158,8 @@ def loader(
       data_dir: where the data lies; default ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``.
       epochs: passes over the data; None: endless in training, one pass in evaluation.
       drop_remainder: leave out the short last batch; default: in training only.
-      workers: parallel readers; 0 reads in the calling thread.
+      workers: parallel readers; 0 reads in the calling thread. Default: 1 for a split in memory
+        (more only wait for each other), else one per core up to 16.
       worker_processes: readers are processes rather than threads (for costly JPEG decoding on many
         cores; the script needs ``if __name__ == "__main__"``).
       prefetch: batches kept ready.
@@ -319,10 +183,10 @@ def loader(
         raise ValueError(f"process_index {process_index} is outside 0..{process_count - 1}")
     if seed < 0:
         raise ValueError(f"seed must be >= 0, got {seed}")
-    if workers < 0 or prefetch < 1:
+    if (workers or 0) < 0 or prefetch < 1:
         raise ValueError(f"workers must be >= 0 and prefetch >= 1, got {workers} and {prefetch}")
     described = info(name, data_dir)
-    batches = _Batches(
+    batches = Batches(
         described=described,
         split=split,
         batch_size=batch_size,
@@ -335,6 +199,8 @@ def loader(
         root=default_data_dir(data_dir),
         in_memory=in_memory,
     )
+    if workers is None:
+        workers = 1 if batches.images is not None else min(16, os.cpu_count() or 1)
     processes = None
     threads = workers
     if worker_processes and workers:

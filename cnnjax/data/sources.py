@@ -5,13 +5,14 @@ Nothing here downloads: a set that is not on the disk is an error that names the
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import io
 import os
 import pathlib
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -70,6 +71,19 @@ def tfds() -> Any:
     return tensorflow_datasets
 
 
+@contextlib.contextmanager
+def quiet_absl() -> Iterator[None]:
+    """TFDS logs a warning for each folder that is not there yet; our errors say it better."""
+    from absl import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def default_data_dir(data_dir: PathLike | None = None) -> str:
     """``data_dir``, else ``$TFDS_DATA_DIR``, else ``~/tensorflow_datasets``."""
     chosen = data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -89,6 +103,7 @@ def prepare_hint(name: str, data_dir: str) -> str:
     )
 
 
+@quiet_absl()
 def builder(name: str, data_dir: PathLike | None = None) -> Any:
     """The TFDS builder of a data set that is ready to be read.
 
@@ -198,14 +213,12 @@ def info(name: str, data_dir: PathLike | None = None) -> DatasetInfo:
     )
 
 
-def decode_image(data: bytes, channels: int, draft: tuple[int, int] | None = None) -> np.ndarray:
+def decode_image(data: bytes, channels: int) -> np.ndarray:
     """Decodes a PNG or JPEG.
 
     Args:
       data: the file's bytes.
       channels: 1 (grey), 3 (RGB) or 4 (RGBA); other modes are converted.
-      draft: ``(width, height)`` that suffices: a JPEG may come at half, a quarter or an eighth of
-        its size, never smaller than this, which is much faster.
 
     Returns:
       uint8 array ``(height, width, channels)``.
@@ -214,8 +227,6 @@ def decode_image(data: bytes, channels: int, draft: tuple[int, int] | None = Non
 
     with Image.open(io.BytesIO(data)) as picture:
         mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
-        if draft is not None:
-            picture.draft(mode, draft)
         pixels = np.asarray(picture if picture.mode == mode else picture.convert(mode))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
@@ -266,7 +277,7 @@ class Records:
 @functools.lru_cache(maxsize=8)
 def _arrays(name: str, split: str, root: str) -> tuple[np.ndarray, np.ndarray]:
     records = Records(name, split, root)
-    shape = info(name, root).image_shape
+    shape: Any = info(name, root).image_shape
     if None in shape:
         raise ValueError(
             f"the images of {name!r} differ in size ({shape}), so they do not form one array: "
