@@ -45,7 +45,7 @@ from cnnjax.training.checkpoint import (
 )
 from cnnjax.training.compile_cache import default_cache_dir, enable_compilation_cache
 from cnnjax.training.evaluation import evaluate, make_eval_step, recalibrate_batchnorm
-from cnnjax.training.loop import FitConfig, FitResult, NonFiniteLossError, Preempted, fit
+from cnnjax.training.loop import FitConfig, FitResult, fit
 from cnnjax.training.losses import (
     classification_loss,
     label_rank,
@@ -67,6 +67,7 @@ from cnnjax.training.optimizers import (
     build_schedule,
     path_mask,
 )
+from cnnjax.training.runlog import NonFiniteLossError, Preempted
 from cnnjax.training.state import (
     Network,
     TrainState,

@@ -16,6 +16,7 @@ from cnnjax.training.step import Context, Hooks, StepConfig, cast_floats
 from cnnjax.tree import flatten, map_with_path
 
 PyTree = Any
+_IN_FLIGHT = 4  # batches dispatched and not yet evaluated
 EvalStep = Callable[[TrainState, PyTree], dict[str, Any]]
 
 
@@ -111,7 +112,11 @@ def evaluate(
     Raises:
       ValueError: if there is no example at all.
     """
-    pending = [eval_step(state, put(b) if put else b) for b in batches]
+    pending: list[Any] = []
+    for batch in batches:
+        pending.append(eval_step(state, put(batch) if put else batch))
+        if len(pending) > _IN_FLIGHT:  # a fast host must not fill the device with batches
+            jax.block_until_ready(pending[-1 - _IN_FLIGHT])
     totals: dict[str, float] = {}
     for part in jax.device_get(pending):
         for name, value in part.items():
@@ -150,6 +155,8 @@ def recalibrate_batchnorm(
     params: PyTree,
     stats: PyTree,
     batches: Iterable[Any],
+    *,
+    prepare: Callable[..., Any] | None = None,
 ) -> PyTree:
     """BatchNorm statistics of the given parameters, averaged exactly over batches.
 
@@ -163,6 +170,7 @@ def recalibrate_batchnorm(
       params: nested dict of parameters.
       stats: nested dict of statistics; replaced where they belong to BatchNorm.
       batches: images ``(n, h, w, c)`` or batches with ``"image"``; no padding among them.
+      prepare: as in `Hooks`; called with ``(batch, None, False)``, so batches must be dicts.
 
     Returns:
       New statistics of the same structure; leaves that no BatchNorm owns are as given.
@@ -175,7 +183,10 @@ def recalibrate_batchnorm(
     network_rngs = derive_rngs(network.rngs, jax.random.key(0))
 
     @jax.jit
-    def batch_stats(params: PyTree, stats: PyTree, image: Any) -> PyTree:
+    def batch_stats(params: PyTree, stats: PyTree, batch: Any) -> PyTree:
+        if prepare is not None:
+            batch = prepare(batch, None, False)
+        image = batch["image"] if isinstance(batch, Mapping) else batch
         model = nnx.merge(graphdef, params, network_rngs, stats, copy=True)
         model(image)
         return model_stats(model)
@@ -186,13 +197,9 @@ def recalibrate_batchnorm(
     total = 0
     sums: dict[str, np.ndarray] = {}
     for batch in batches:
-        image = batch["image"] if isinstance(batch, Mapping) else batch
-        flat = {
-            k: np.asarray(v, np.float64)
-            for k, v in flatten(jax.device_get(batch_stats(params, stats, image))).items()
-            if k in owned
-        }
-        n = image.shape[0]
+        new_stats = flatten(jax.device_get(batch_stats(params, stats, batch)))
+        flat = {k: np.asarray(v, np.float64) for k, v in new_stats.items() if k in owned}
+        n = int(np.shape(batch["image"] if isinstance(batch, Mapping) else batch)[0])
         total += n
         for path, value in flat.items():
             mean = flat.get(_sibling(path, "mean")) if path.endswith("var") else None
@@ -202,7 +209,7 @@ def recalibrate_batchnorm(
         raise ValueError("BatchNorm recalibration needs at least one batch")
     means = {path: value / total for path, value in sums.items()}
 
-    def new(path: str, old: Any) -> Any:
+    def updated(path: str, old: Any) -> Any:
         if path not in means:
             return old
         value = means[path]
@@ -210,7 +217,7 @@ def recalibrate_batchnorm(
             value = np.maximum(value - means[_sibling(path, "mean")] ** 2, 0.0)
         return jnp.asarray(value, old.dtype)
 
-    return map_with_path(new, stats)
+    return map_with_path(updated, stats)
 
 
 def _sibling(path: str, name: str) -> str:

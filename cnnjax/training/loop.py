@@ -6,49 +6,25 @@ the interval's end, and batches are placed on the device ahead of their step.
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import math
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from cnnjax.training.checkpoint import Checkpointer, check_workdir
-from cnnjax.training.mesh import replicate, shard_batch
+from cnnjax.training.feed import Feed
+from cnnjax.training.mesh import replicate
 from cnnjax.training.metrics import JsonlWriter, Progress
+from cnnjax.training.runlog import Log, NonFiniteLossError, Preempted, Signal
 from cnnjax.training.state import TrainState
 from cnnjax.training.step import TrainStep
+from cnnjax.training.tensorboard import EventWriter
 
 PyTree = Any
-
-
-class NonFiniteLossError(FloatingPointError):
-    """The loss became NaN or infinite. Attributes: ``step``, ``learning_rate``, ``last_good``."""
-
-    def __init__(self, step: int, loss: float, rate: float | None, last_good: int | None) -> None:
-        self.step, self.loss, self.learning_rate, self.last_good = step, loss, rate, last_good
-        what = "the parameters are not finite" if math.isfinite(loss) else f"the loss is {loss}"
-        at = "unknown" if rate is None else f"{rate:.6g}"
-        good = "no checkpoint was saved" if last_good is None else f"step {last_good}"
-        super().__init__(
-            f"{what} at step {step} (learning rate {at}); last good checkpoint: {good}. "
-            "Lower the learning rate, lengthen the warm-up, or clip the gradient."
-        )
-
-
-class Preempted(SystemExit):
-    """SIGTERM came: the state is saved, and the process ends with code 0 unless this is caught."""
-
-    def __init__(self, step: int) -> None:
-        super().__init__(0)
-        self.step = step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +39,7 @@ class FitConfig:
       keep: how many newest checkpoints stay.
       prefetch: calls whose batches are placed on the device ahead.
       progress: show the progress line (process 0).
+      tensorboard: also write event files to ``<workdir>/tensorboard`` (process 0).
       name: of the metrics file and the progress line.
     """
 
@@ -73,6 +50,7 @@ class FitConfig:
     keep: int = 2
     prefetch: int = 2
     progress: bool = True
+    tensorboard: bool = False
     name: str = "train"
 
     def __post_init__(self) -> None:
@@ -110,154 +88,6 @@ class FitResult:
             if record["kind"] == kind:
                 return record
         raise KeyError(f"no record of kind {kind!r}")
-
-
-def _rows(batch: PyTree, axis: int) -> int:
-    return int(np.shape(jax.tree.leaves(batch)[0])[axis])
-
-
-class _Feed:
-    """Batches on the device ahead of their step, with the data position where it is asked."""
-
-    def __init__(
-        self, data: Iterator[Any], step: int, config: FitConfig, per_call: int, mesh: Any
-    ) -> None:
-        self._data, self._next, self._config = data, step, config
-        self._per_call, self._mesh = per_call, mesh
-        self._queue: collections.deque[Any] = collections.deque()
-        self.draining = False
-
-    def _place(self, batches: list[Any]) -> PyTree:
-        stacked = self._per_call > 1
-        batch = jax.tree.map(lambda *a: np.stack(a), *batches) if stacked else batches[0]
-        if self._mesh is not None:
-            return shard_batch(batch, self._mesh, stacked=stacked)
-        return jax.device_put(batch)
-
-    def _read(self) -> None:
-        count = min(self._per_call, self._config.total_steps - self._next)
-        batches = []
-        for _ in range(count):
-            try:
-                batches.append(next(self._data))
-            except StopIteration:
-                raise ValueError(
-                    f"the data ended after {self._next + len(batches)} steps, "
-                    f"{self._config.total_steps} were asked; repeat the data set"
-                ) from None
-        self._next += count
-        every = self._config.checkpoint_every
-        due = self._next == self._config.total_steps or (every and self._next % every == 0)
-        position = self._data.get_state() if due and hasattr(self._data, "get_state") else None
-        rows = _rows(batches[0], 0) * count * jax.process_count()
-        self._queue.append((self._place(batches), self._next, rows, position))
-
-    def __iter__(self) -> Iterator[Any]:
-        while True:
-            while (
-                not self.draining
-                and self._next < self._config.total_steps
-                and len(self._queue) <= self._config.prefetch
-            ):
-                self._read()
-            if not self._queue:
-                return
-            yield self._queue.popleft()
-
-
-class _Log:
-    """Collects device metrics and writes their means; finds the first loss that is not finite."""
-
-    def __init__(
-        self,
-        writer: JsonlWriter | None,
-        step: int,
-        progress: Progress,
-        rate: Callable[[Any], Any] | None,
-        history: list[dict[str, Any]],
-    ) -> None:
-        self.writer, self.progress, self.rate, self.history = writer, progress, rate, history
-        self._pending: list[Any] = []
-        self._step, self._rows, self._since = step, 0, time.monotonic()
-
-    def add(self, metrics: dict[str, Any], rows: int) -> None:
-        self._pending.append(metrics)
-        self._rows += rows
-
-    def take(self) -> Any:
-        """The open interval, closed; write it later with `flush`."""
-        window, self._pending = (self._pending, self._rows), []
-        self._rows = 0
-        return window
-
-    def flush(self, window: Any, last_good: Callable[[], int | None]) -> None:
-        pending, rows = window
-        if not pending:
-            return
-        host = jax.device_get(pending)
-        series = {k: np.concatenate([np.ravel(m[k]) for m in host]) for k in host[0]}
-        losses = series["loss"]
-        bad = np.flatnonzero(~np.isfinite(losses))
-        if bad.size:
-            step = self._step + int(bad[0])
-            raise NonFiniteLossError(
-                step, float(losses[bad[0]]), self.learning_rate(step), last_good()
-            )
-        count = losses.size
-        self._step += count
-        now = time.monotonic()
-        seconds, self._since = now - self._since, now
-        record = {"kind": "train", "step": self._step, "steps": count}
-        record |= {k: float(np.mean(v, dtype=np.float64)) for k, v in series.items()}
-        if "learning_rate" in series:
-            record["learning_rate"] = float(series["learning_rate"][-1])
-        record["images_per_second"] = rows / seconds if seconds > 0 else 0.0
-        self.write(record)
-        self.progress.update(self._step, record, record["images_per_second"])
-
-    def learning_rate(self, step: int) -> float | None:
-        return None if self.rate is None else float(self.rate(step))
-
-    def write(self, record: dict[str, Any]) -> None:
-        if self.writer is not None:
-            self.writer.write(record)
-        else:
-            self.history.append(record)
-
-    def restart_clock(self) -> None:
-        """Leaves the time of an evaluation or a save out of the images per second."""
-        self._since = time.monotonic()
-
-
-class _Signal:
-    """Notes SIGTERM instead of dying; on the main thread only."""
-
-    def __init__(self) -> None:
-        self.received = False
-        self._old: Any = None
-        self._main = threading.current_thread() is threading.main_thread()
-
-    def _note(self, *_: Any) -> None:
-        self.received = True
-
-    def __enter__(self) -> _Signal:
-        if self._main:
-            self._old = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        if self._main:
-            signal.signal(signal.SIGTERM, self._old)
-
-    def agreed(self, at_interval: bool) -> bool:
-        """Whether to stop; several processes agree at the ends of logging intervals only."""
-        if jax.process_count() == 1:
-            return self.received
-        if not at_interval:
-            return False
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self.received))))
 
 
 @jax.jit
@@ -322,7 +152,7 @@ def fit(
     prefix = "" if config.name == "train" else f"{config.name}-"
     main = jax.process_index() == 0
     history: list[dict[str, Any]] = []
-    checkpoints = writer = resumed = None
+    checkpoints = writer = events = resumed = None
     if workdir is not None:
         folder = check_workdir(workdir)
         checkpoints = Checkpointer(folder / f"{prefix}checkpoints", keep=config.keep, config=record)
@@ -334,13 +164,23 @@ def fit(
         if main:
             writer = JsonlWriter(folder / f"{prefix}metrics.jsonl", resume_step=resumed)
             history = writer.records
+            if config.tensorboard:
+                events = EventWriter(folder / "tensorboard")
     start = int(state.step)
     progress = Progress(
         config.total_steps, start=start, label=config.name, enabled=config.progress and main
     )
-    log = _Log(writer, start, progress, step.learning_rate, history)
+    log = Log(writer, events, start, progress, step.learning_rate, history, config.name)
     last_good = checkpoints.latest if checkpoints is not None else lambda: None
-    feed = _Feed(data, start, config, per_call, mesh)
+    feed = Feed(
+        data,
+        start=start,
+        total=config.total_steps,
+        per_call=per_call,
+        ahead=config.prefetch,
+        save_every=config.checkpoint_every,
+        mesh=mesh,
+    )
 
     def save(position: Any) -> None:
         assert checkpoints is not None
@@ -353,7 +193,7 @@ def fit(
     now = start
     waiting: list[Any] = []  # closed intervals, written after the next call is on its way
     try:
-        with _Signal() as stop:
+        with Signal() as stop:
             for batch, now, rows, position in feed:
                 state, metrics = step(state, batch)
                 log.add(metrics, rows)
@@ -391,6 +231,8 @@ def fit(
         progress.close()
         if writer is not None:
             writer.close()
+        if events is not None:
+            events.close()
         if checkpoints is not None:
             checkpoints.abandon()
     return FitResult(state, history, resumed, time.monotonic() - began)

@@ -183,7 +183,9 @@ def create_state(
         params=params,
         stats=stats,
         key=jax.random.key(seed),
-        opt_state=jax.jit(optimizer.init)(params),
+        # copied: jit hands an argument that comes back unchanged over as the same buffer, and
+        # one buffer cannot be donated twice
+        opt_state=jax.jit(lambda p: jax.tree.map(jnp.copy, optimizer.init(p)))(params),
         ema=_copy({"params": params, "stats": stats}) if ema else None,
         extra=extra,
     )

@@ -35,6 +35,7 @@ class Context:
       key: random key of this step and microbatch; None in evaluation without one.
       params: what is trained, before ``reparam``, in its own dtype.
       extra: the state's free slot.
+      constants: what `make_train_step` was given, e.g. a teacher's arrays.
       train: mode (static).
     """
 
@@ -42,6 +43,7 @@ class Context:
     key: Any
     params: PyTree
     extra: PyTree
+    constants: PyTree = None
     train: bool = dataclasses.field(default=True, metadata={"static": True})
 
 
@@ -111,12 +113,13 @@ class TrainStep:
     (penalty included), ``learning_rate`` where the schedule is known, and what the hooks report.
     """
 
-    fn: Callable[[TrainState, PyTree], tuple[TrainState, dict[str, Any]]]
+    fn: Callable[..., tuple[TrainState, dict[str, Any]]]
     config: StepConfig
     learning_rate: Callable[[Any], Any] | None = None
+    constants: PyTree = None
 
     def __call__(self, state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        return self.fn(state, batch)
+        return self.fn(state, batch, self.constants)
 
 
 def cast_floats(tree: PyTree, dtype: Any) -> PyTree:
@@ -153,7 +156,7 @@ def make_loss(network: Network, config: StepConfig, hooks: Hooks) -> Callable[..
     """``(params, stats, batch, context) -> (scalar, (new stats, metrics))``, to differentiate."""
 
     def loss_fn(params: PyTree, stats: PyTree, batch: PyTree, context: Context) -> Any:
-        context = dataclasses.replace(context, params=params)
+        context = dataclasses.replace(context, params=params)  # the traced ones
         loss_key, model_key, prepare_key, reparam_key = jax.random.split(context.key, 4)
         if hooks.prepare is not None:
             batch = hooks.prepare(batch, prepare_key, True)
@@ -236,6 +239,7 @@ def make_train_step(
     config: StepConfig | None = None,
     hooks: Hooks | None = None,
     learning_rate: Callable[[Any], Any] | None = None,
+    constants: PyTree = None,
     mesh: Any = None,
     donate: bool = True,
 ) -> TrainStep:
@@ -250,6 +254,8 @@ def make_train_step(
       config: see `StepConfig`.
       hooks: see `Hooks`; default: cross-entropy.
       learning_rate: the schedule, to report it as a metric and in errors.
+      constants: arrays that hooks read (``context.constants``) and nothing changes, such as a
+        teacher's; neither compiled in nor saved in checkpoints. With a mesh: `replicate` them.
       mesh: data-parallel mesh; the new state is then kept replicated on it.
       donate: reuse the given state's memory; it cannot be used afterwards.
 
@@ -260,9 +266,11 @@ def make_train_step(
     tx = optax.with_extra_args_support(optimizer)
     loss_fn = make_loss(network, config, hooks)
 
-    def one_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, Any]]:
+    def one_step(
+        state: TrainState, batch: PyTree, constants: PyTree
+    ) -> tuple[TrainState, dict[str, Any]]:
         key = jax.random.fold_in(state.key, state.step)
-        context = Context(step=state.step, key=key, params=state.params, extra=state.extra)
+        context = Context(state.step, key, state.params, state.extra, constants)
         loss, stats, metrics, grads = _gradients(loss_fn, state, batch, context, config.accumulate)
         metrics = {"loss": loss, **metrics}
         if config.grad_norm:
@@ -286,12 +294,14 @@ def make_train_step(
             state = hooks.post_update(state, context, metrics)
         return state, metrics
 
-    def many_steps(state: TrainState, batches: PyTree) -> tuple[TrainState, dict[str, Any]]:
-        return jax.lax.scan(one_step, state, batches)
+    def many_steps(
+        state: TrainState, batches: PyTree, constants: PyTree
+    ) -> tuple[TrainState, dict[str, Any]]:
+        return jax.lax.scan(lambda s, batch: one_step(s, batch, constants), state, batches)
 
     fn = one_step if config.steps_per_call == 1 else many_steps
     shardings = {}
     if mesh is not None:
         shardings["out_shardings"] = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     jitted = jax.jit(fn, donate_argnums=(0,) if donate else (), **shardings)
-    return TrainStep(jitted, config, learning_rate)
+    return TrainStep(jitted, config, learning_rate, constants)
