@@ -1,0 +1,177 @@
+"""Time each formulation of depthwise, grouped and 1x1 convolution against the native one.
+
+    python benchmarks/conv_forms.py [--out FILE] [--rounds 7] [--quick]
+
+For each layer shape and each part (forward, gradient of the input, gradient of the kernel) the
+forms run in turn, ``--rounds`` times, and the fastest round of each counts: on a shared machine the
+minimum is what the code needs. Only ratios are written (native time / form time: above 1, the form
+is faster). The choice in ``cnnjax/ops/choice.py`` follows these figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+from cnnjax.ops import choice, primitives
+from cnnjax.ops.geometry import ConvSpec
+
+SAME = {1: ((0, 0), (0, 0)), 3: ((1, 1), (1, 1)), 5: ((2, 2), (2, 2)), 7: ((3, 3), (3, 3))}
+
+# (batch, size, channels in, channels out, kernel, stride, groups)
+CASES = [
+    # depthwise: MobileNet and ShuffleNet at their resolutions, a CIFAR size, 5x5, multiplier 8
+    (1, 112, 32, 32, 3, 1, 32),
+    (8, 112, 32, 32, 3, 1, 32),
+    (8, 112, 96, 96, 3, 2, 96),
+    (8, 56, 144, 144, 3, 1, 144),
+    (8, 28, 192, 192, 3, 2, 192),
+    (1, 14, 512, 512, 3, 1, 512),
+    (8, 14, 512, 512, 3, 1, 512),
+    (8, 7, 960, 960, 3, 1, 960),
+    (32, 16, 128, 128, 3, 1, 128),
+    (8, 28, 64, 64, 5, 1, 64),
+    (4, 224, 3, 24, 7, 2, 3),
+    # grouped 1x1: ShuffleNet
+    (8, 28, 240, 60, 1, 1, 3),
+    (8, 28, 384, 96, 1, 1, 8),
+    (8, 14, 480, 120, 1, 1, 3),
+    (8, 7, 1536, 384, 1, 1, 8),
+    (1, 14, 480, 120, 1, 1, 3),
+    # grouped 3x3: AlexNet, ResNeXt
+    (8, 27, 96, 256, 5, 1, 2),
+    (8, 13, 384, 384, 3, 1, 2),
+    (8, 28, 256, 256, 3, 1, 32),
+    (8, 14, 512, 512, 3, 1, 32),
+    (8, 14, 512, 512, 3, 1, 8),
+    # 1x1: ResNet, MobileNet
+    (8, 56, 64, 256, 1, 1, 1),
+    (8, 56, 256, 64, 1, 1, 1),
+    (8, 56, 256, 512, 1, 2, 1),
+    (8, 112, 32, 64, 1, 1, 1),
+    (8, 14, 512, 512, 1, 1, 1),
+    (8, 7, 320, 1280, 1, 1, 1),
+    (1, 14, 512, 512, 1, 1, 1),
+    (32, 16, 64, 64, 1, 1, 1),
+]
+FORMS = {
+    "depthwise": ("native", "shift"),
+    "grouped": ("native", "dot"),
+    "pointwise": ("native", "dot"),
+}
+
+
+def _functions(case: tuple[int, ...], form: str) -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    n, size, c_in, c_out, k, stride, groups = case
+    spec = ConvSpec((stride, stride), SAME[k], (1, 1), groups)
+    rng = np.random.default_rng(0)
+    x = jax.device_put(rng.standard_normal((n, size, size, c_in), np.float32))
+    kernel = jax.device_put(rng.standard_normal((k, k, c_in // groups, c_out), np.float32))
+    ct = jax.device_put(
+        rng.standard_normal((n, *spec.out_size((size, size), (k, k)), c_out), np.float32)
+    )
+    triple = primitives.TRIPLES[primitives.kind_of(kernel.shape, groups)]
+    common = {"spec": spec, "form": form, "precision": None}
+
+    def bind(primitive: Any, **static: Any) -> Any:
+        return jax.jit(lambda a, b: primitive.bind(a, b, **common, **static))
+
+    return {
+        "forward": (bind(triple.conv), (x, kernel)),
+        "input_grad": (bind(triple.input_grad, size=(size, size)), (ct, kernel)),
+        "kernel_grad": (bind(triple.kernel_grad, kernel_size=(k, k)), (x, ct)),
+    }
+
+
+def _once(fn: Any, args: tuple[Any, ...], repeats: int) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        out = fn(*args)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / repeats
+
+
+def measure(case: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """Ratios native / form for the three parts of one layer."""
+    n, size, c_in, c_out, k, stride, groups = case
+    kind = primitives.kind_of((k, k, c_in // groups, c_out), groups)
+    built = {form: _functions(case, form) for form in FORMS[kind]}
+    rows = []
+    for part in ("forward", "input_grad", "kernel_grad"):
+        best = dict.fromkeys(built, float("inf"))
+        repeats = {}
+        for form, parts in built.items():
+            fn, args = parts[part]
+            jax.block_until_ready(fn(*args))
+            once = _once(fn, args, 1)
+            best[form] = once
+            repeats[form] = int(max(1, min(20, 0.02 / max(once, 1e-5))))
+        for _ in range(rounds):
+            for form, parts in built.items():
+                # a form that is far behind needs no more rounds
+                if best[form] < 20 * min(best.values()):
+                    best[form] = min(best[form], _once(*parts[part], repeats[form]))
+        spec = ConvSpec((stride, stride), SAME[k], (1, 1), groups)
+        fn, args = built["native"][part]
+        shapes = [a.shape for a in args]
+        chosen = choice.choose(kind, part, spec, *shapes, platform=jax.default_backend())
+        rows.append(
+            {
+                "kind": kind,
+                "part": part,
+                "batch": n,
+                "size": size,
+                "channels": [c_in, c_out],
+                "kernel": k,
+                "stride": stride,
+                "groups": groups,
+                "native_over_form": {
+                    f: round(best["native"] / t, 2) for f, t in best.items() if f != "native"
+                },
+                "chosen": chosen,
+                "chosen_over_best": round(best[chosen] / min(best.values()), 2),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure every case and write the ratios."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--out", default="benchmarks/results/conv_forms.json")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="every fourth case only")
+    args = parser.parse_args()
+    rows = []
+    for case in CASES[:: 4 if args.quick else 1]:
+        for row in measure(case, args.rounds):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
+    record = {
+        "what": "native time / form time, best of interleaved rounds, one convolution in float32",
+        "backend": jax.default_backend(),
+        "device": jax.devices()[0].device_kind,
+        "machine": platform.machine(),
+        "cpu_count": os.cpu_count(),
+        "jax": jax.__version__,
+        "rounds": args.rounds,
+        "reduced": bool(args.quick),
+        "rows": rows,
+    }
+    out = pathlib.Path(args.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n")
+    os.replace(temporary, out)
+
+
+if __name__ == "__main__":
+    main()
