@@ -7,6 +7,7 @@ standard input. Activations are NHWC, kernels HWIO.
 
 from __future__ import annotations
 
+from cnnjax.models.convert import load_pretrained, load_weights, read_weights
 from cnnjax.models.registry import (
     ModelConfig,
     Provenance,
@@ -33,6 +34,9 @@ __all__ = [
     "config",
     "create",
     "input_shape",
+    "load_pretrained",
+    "load_weights",
     "names",
+    "read_weights",
     "register",
 ]

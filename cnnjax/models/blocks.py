@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cnnjax import ops
 from cnnjax.errors import did_you_mean
 from cnnjax.models import init
 
@@ -145,7 +146,7 @@ def conv(
         padding: Any = ((ph, ph), (pw, pw))
     else:
         padding = pad
-    return nnx.Conv(
+    return ops.Conv(
         in_features,
         out_features,
         size,
@@ -271,7 +272,7 @@ def max_pool(
 ) -> Any:
     """Max pooling, square window, torch-style padding; ``ceil`` rounds the output size up."""
     stride = stride or window
-    pads = [_pool_pads(n, window, stride, pad, ceil) for n in x.shape[1:3]]
+    pads: Any = [_pool_pads(n, window, stride, pad, ceil) for n in x.shape[1:3]]
     return nnx.max_pool(x, (window, window), (stride, stride), padding=pads)
 
 

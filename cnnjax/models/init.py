@@ -7,9 +7,11 @@ compiled draws. The values are the same with and without ``jax.jit``.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -17,6 +19,18 @@ import jax.numpy as jnp
 import numpy as np
 
 Initializer = Callable[..., Any]
+
+_SKIP = contextvars.ContextVar("cnnjax_skip_draws", default=False)
+
+
+@contextlib.contextmanager
+def without_draws() -> Iterator[None]:
+    """Within it random initialisers give zeros: for a model whose arrays are set right after."""
+    token = _SKIP.set(True)
+    try:
+        yield
+    finally:
+        _SKIP.reset(token)
 
 
 @functools.partial(jax.jit, static_argnames=("size", "uniform"))
@@ -27,6 +41,8 @@ def _flat(key: Any, size: int, uniform: bool) -> Any:
 
 
 def _draw(key: Any, shape: tuple[int, ...], scale: float, dtype: Any, uniform: bool) -> Any:
+    if _SKIP.get():
+        return jnp.asarray(np.zeros(shape, np.float32), dtype)
     count = math.prod(shape)
     size = max(1024, 1 << (count - 1).bit_length())
     flat = _flat(key, size, uniform)
@@ -36,7 +52,7 @@ def _draw(key: Any, shape: tuple[int, ...], scale: float, dtype: Any, uniform: b
     return jnp.asarray(flat[:count].reshape(shape) * np.float32(scale), dtype)
 
 
-def _fans(shape: tuple[int, ...]) -> tuple[float, float]:
+def _fans(shape: tuple[int, ...]) -> tuple[int, int]:
     window = math.prod(shape[:-2])
     return window * shape[-2], window * shape[-1]
 

@@ -11,13 +11,15 @@ from flax import nnx
 from cnnjax.models import blocks
 
 
-def shortcut_a(x: Any, features: int, stride: int) -> Any:
+def shortcut_a(x: Any, features: int, stride: int, zeros: str = "end") -> Any:
     """The parameter-free shortcut: subsample, then append zero channels.
 
     Args:
       x: (N, H, W, C).
       features: channels of the result, at least C.
       stride: of the subsampling.
+      zeros: where the zero channels go: ``"end"`` (the authors) or ``"both"`` sides, half and
+        half (some ports; it matters for their weights).
 
     Returns:
       (N, ceil(H / stride), ceil(W / stride), features).
@@ -25,7 +27,9 @@ def shortcut_a(x: Any, features: int, stride: int) -> Any:
     if stride != 1:
         x = x[:, ::stride, ::stride, :]
     if features != x.shape[-1]:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, features - x.shape[-1])))
+        extra = features - x.shape[-1]
+        before = extra // 2 if zeros == "both" else 0
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (before, extra - before)))
     return x
 
 
@@ -36,6 +40,7 @@ class BasicBlock(nnx.Module):
       in_features, features: channels before and after.
       stride: of the first convolution and of the shortcut.
       shortcut: ``"A"`` or ``"B"``, where the shape changes.
+      zeros: where shortcut A puts its zero channels, see `shortcut_a`.
     """
 
     def __init__(
@@ -46,6 +51,7 @@ class BasicBlock(nnx.Module):
         *,
         rngs: nnx.Rngs,
         shortcut: str = "B",
+        zeros: str = "end",
         dtype: str | None = None,
     ):
         options: Any = {"dtype": dtype, "rngs": rngs}
@@ -54,6 +60,7 @@ class BasicBlock(nnx.Module):
         self.conv2 = blocks.conv(features, features, 3, **options)
         self.bn2 = blocks.batch_norm(features, **options)
         self.stride = stride
+        self.zeros = zeros
         changes = stride != 1 or in_features != features
         self.project = changes and shortcut == "B"
         if self.project:
@@ -71,7 +78,7 @@ class BasicBlock(nnx.Module):
         if self.project:
             return self.downsample(x)
         # the last convolution's kernel knows the width also after channels were removed
-        return shortcut_a(x, self.conv2.kernel.shape[-1], self.stride)
+        return shortcut_a(x, self.conv2.kernel.shape[-1], self.stride, self.zeros)
 
     def __call__(self, x: Any) -> Any:
         """(N, H, W, in) -> (N, H', W', out)."""

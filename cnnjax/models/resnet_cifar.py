@@ -25,17 +25,20 @@ class ResNetCifarConfig(ModelConfig):
       blocks_per_stage: n; the depth is 6n + 2.
       widths: channels of the stages.
       shortcut: ``"A"`` (parameter-free) or ``"B"`` (projection).
+      zero_channels: where shortcut A puts its zero channels, ``"end"`` or ``"both"`` sides.
     """
 
     num_classes: int = 10
     blocks_per_stage: int = 3
     widths: tuple[int, ...] = (16, 32, 64)
     shortcut: str = "A"
+    zero_channels: str = "end"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "blocks_per_stage")
         check_choice(self, "shortcut", ("A", "B"))
+        check_choice(self, "zero_channels", ("end", "both"))
         if not self.widths:
             raise ValueError("widths must hold at least one number")
 
@@ -57,7 +60,13 @@ class ResNetCifar(blocks.Model):
                 stride = 2 if i and not j else 1
                 stage.append(
                     residual.BasicBlock(
-                        channels, width, stride, shortcut=config.shortcut, dtype=dtype, rngs=rngs
+                        channels,
+                        width,
+                        stride,
+                        shortcut=config.shortcut,
+                        zeros=config.zero_channels,
+                        dtype=dtype,
+                        rngs=rngs,
                     )
                 )
                 channels = width

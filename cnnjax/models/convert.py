@@ -1,0 +1,318 @@
+"""Weights of other frameworks in PyTorch's layout and naming, into a model of the registry.
+
+A convolution's kernel is OIHW there and HWIO here, a dense one is transposed, and the rows of a
+dense layer that reads a flattened map change from (c, h, w) to (h, w, c) order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cnnjax import tree
+from cnnjax.models import init, keymaps, registry
+
+_LEAVES = {
+    "kernel": "weight",
+    "scale": "weight",
+    "bias": "bias",
+    "mean": "running_mean",
+    "var": "running_var",
+}
+_HUB = re.compile(r"^(?:hf://)?([\w.-]+/[\w.-]+)(?:/(.+))?$")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """One array of the model: its path and the names that it takes in the file (many: stacked)."""
+
+    path: str
+    names: tuple[str, ...]
+    shape: tuple[int, ...]
+    flattened: tuple[int, int, int] | None
+
+
+def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
+    """Arrays of a weight file by name: ``.npz``, ``.safetensors`` or PyTorch's ``.pth``/``.pt``.
+
+    PyTorch files are read with ``weights_only=True`` (no arbitrary pickles) and need torch,
+    ``.safetensors`` needs safetensors. Prefixes ``module.`` and counters ``num_batches_tracked``
+    are dropped.
+
+    Raises:
+      ValueError: unknown suffix, or not a weight file.
+      FileNotFoundError: no such file.
+      ImportError: the format's package is absent.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file {str(path)!r}")
+    suffix = path.suffix.lower()
+    if suffix == ".npz":
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays: Mapping[str, Any] = {k: file[k] for k in file.files}
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{str(path)!r} is not a readable .npz file: {error}") from error
+    elif suffix == ".safetensors":
+        arrays = _read_safetensors(path)
+    elif suffix in (".pth", ".pt", ".bin"):
+        arrays = _read_torch(path)
+    else:
+        raise ValueError(
+            f"can't tell the format of {str(path)!r}: the suffix must be .npz, .safetensors, "
+            ".pth, .pt or .bin"
+        )
+    return {
+        name.removeprefix("module."): np.asarray(array)
+        for name, array in arrays.items()
+        if not name.endswith("num_batches_tracked")
+    }
+
+
+def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        import safetensors.numpy as safetensors
+    except ImportError as error:
+        raise ImportError("reading .safetensors needs `pip install safetensors`") from error
+    return safetensors.load_file(path)
+
+
+def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
+    try:
+        import torch
+    except ImportError as error:
+        raise ImportError(
+            f"reading {path.name} needs torch; or convert it to .safetensors where torch is"
+        ) from error
+    loaded = torch.load(path, map_location="cpu", weights_only=True)
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping):
+        raise ValueError(f"{str(path)!r} holds a {type(loaded).__name__}, not named weights")
+    return {k: v.numpy() for k, v in loaded.items() if hasattr(v, "numpy")}
+
+
+def _targets(model: Any, rules: keymaps.Rules) -> list[_Target]:
+    flattened = dict(getattr(model, "flattened", ()))
+    out = []
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    for path, leaf in tree.flatten(state).items():
+        module, _, last = path.rpartition("/")
+        if last not in _LEAVES:
+            raise ValueError(f"{path}: no PyTorch name for an array called {last!r}")
+        dotted = [module.replace("/", ".")]
+        stacked = re.search(r"(.*\.)(\d+)\.repeated\.(.*)", dotted[0])
+        if stacked:
+            # repeated blocks are one stacked array here and numbered modules there
+            head, first, rest = stacked.groups()
+            dotted = [f"{head}{int(first) + i}.{rest}" for i in range(leaf.shape[0])]
+        names = tuple(f"{keymaps.apply(rules, d)}.{_LEAVES[last]}" for d in dotted)
+        shape = tuple(leaf.shape[1:] if stacked else leaf.shape)
+        out.append(_Target(path, names, shape, flattened.get(module)))
+    return out
+
+
+def _layout(array: np.ndarray, target: _Target) -> np.ndarray | None:
+    """The array in this library's layout, or None if its shape can't be it."""
+    want = target.shape
+    if len(want) == 4:
+        h, w, i, o = want
+        if array.ndim == 2 and array.shape == (o, i * h * w):
+            array = array.reshape(o, i, h, w)
+        if array.ndim == 4:
+            array = array.transpose(2, 3, 1, 0)
+    elif len(want) == 2:
+        if array.ndim == 4 and array.shape[2:] == (1, 1):
+            array = array[:, :, 0, 0]
+        if array.ndim == 2:
+            array = array.T
+            if target.flattened and array.shape == want:
+                h, w, c = target.flattened
+                array = array.reshape(c, h, w, -1).transpose(1, 2, 0, 3).reshape(want)
+    return array if array.shape == want else None
+
+
+def _fused(
+    model: Any, target: _Target, weights: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray, str] | None:
+    """Values of a batch norm that the file has fused into the convolution before it.
+
+    With mean 0 and variance 1 - epsilon it adds the fused bias and changes nothing else.
+    """
+    module, _, leaf = target.path.rpartition("/")
+    prefix = target.names[0].rpartition(".")[0]
+    bias_name = keymaps.fused_bias(prefix)
+    if bias_name is None or bias_name not in weights or f"{prefix}.weight" in weights:
+        return None
+    bias = weights[bias_name]
+    if bias.shape != target.shape:
+        return None
+    epsilon = _module(model, module).epsilon
+    value = {"bias": bias, "mean": 0.0, "scale": 1.0, "var": 1.0 - epsilon}[leaf]
+    return np.broadcast_to(np.asarray(value, np.float32), target.shape), bias_name
+
+
+def _module(model: Any, path: str) -> Any:
+    for part in path.split("/"):
+        model = model[int(part)] if part.isdigit() else getattr(model, part)
+    return model
+
+
+def _match(
+    model: Any, weights: Mapping[str, np.ndarray], rules: keymaps.Rules, skip: Sequence[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    arrays: dict[str, np.ndarray] = {}
+    problems: list[str] = []
+    used: set[str] = set()
+    for target in _targets(model, rules):
+        used.update(target.names)
+        if tree.match_any(skip, target.path):
+            continue
+        absent = [n for n in target.names if n not in weights]
+        if absent:
+            fused = _fused(model, target, weights)
+            if fused is not None:
+                arrays[target.path] = fused[0]
+                used.add(fused[1])
+                continue
+            problems += [f"missing in the file: {n} (for {target.path})" for n in absent]
+            continue
+        parts = [_layout(weights[n], target) for n in target.names]
+        wrong = [n for n, part in zip(target.names, parts, strict=True) if part is None]
+        if wrong:
+            problems += [
+                f"{n}: shape {weights[n].shape} doesn't fit {target.path} {target.shape}"
+                for n in wrong
+            ]
+            continue
+        stacked = "/repeated/" in target.path
+        arrays[target.path] = np.stack(parts) if stacked else parts[0]  # type: ignore[arg-type]
+    problems += [f"not in the model: {n} {weights[n].shape}" for n in weights if n not in used]
+    return arrays, problems
+
+
+def _best(
+    model: Any,
+    weights: Mapping[str, np.ndarray],
+    layouts: Sequence[keymaps.Layout] | None,
+    skip: Sequence[str],
+) -> tuple[keymaps.Layout, dict[str, np.ndarray]]:
+    name = model.provenance.name if model.provenance is not None else ""
+    layouts = layouts or keymaps.layouts_of(name)
+    tried = [(layout, *_match(model, weights, layout.rules, skip)) for layout in layouts]
+    layout, arrays, problems = min(tried, key=lambda t: len(t[2]))
+    if problems:
+        shown = "\n  ".join(problems[:40])
+        more = f"\n  and {len(problems) - 40} more" if len(problems) > 40 else ""
+        what = f"model {name!r}" if name else "the model"
+        raise ValueError(
+            f"the weights don't fit {what}: {len(problems)} mismatches\n  {shown}{more}"
+        )
+    return layout, arrays
+
+
+def load_weights(
+    model: Any,
+    weights: Mapping[str, np.ndarray],
+    *,
+    layouts: Sequence[keymaps.Layout] | None = None,
+    skip: str | Sequence[str] = (),
+) -> None:
+    """Sets a model's parameters and statistics from PyTorch-layout arrays, in place.
+
+    Args:
+      model: a model of the registry.
+      weights: arrays by PyTorch name.
+      layouts: naming layouts to try, see `cnnjax.models.keymaps`; by default those of the model.
+      skip: globs of the model's paths to leave as they are, e.g. ``"fc/*"``.
+
+    Raises:
+      ValueError: lists every missing, superfluous and misshapen array, or names the field in which
+        the port that the weights come from differs; the model is unchanged.
+    """
+    layout, arrays = _best(model, weights, layouts, (skip,) if isinstance(skip, str) else skip)
+    for field, value in layout.fields:
+        if getattr(model.config, field) != value:
+            raise ValueError(
+                f"these weights need {field}={value!r}, the model has "
+                f"{getattr(model.config, field)!r}; create it so, or use load_pretrained"
+            )
+    state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
+    # np.array copies: JAX must not alias memory that the caller may change
+    new = tree.map_with_path(
+        lambda path, leaf: (
+            jnp.asarray(np.array(arrays[path]), leaf.dtype) if path in arrays else leaf
+        ),
+        state,
+    )
+    nnx.update(model, new)
+
+
+def load_pretrained(
+    name: str,
+    source: str | os.PathLike[str],
+    *,
+    rngs: nnx.Rngs | None = None,
+    skip: str | Sequence[str] = (),
+    **fields: Any,
+) -> Any:
+    """Creates a model and loads trained weights into it.
+
+    Fields in which the weights' origin differs from our default (say, the zero channels of a CIFAR
+    ResNet's shortcuts) are set from the layout that the names reveal, unless given.
+
+    Args:
+      name: a registered name.
+      source: a weight file (see `read_weights`), or ``owner/repository[/file]`` on the Hugging
+        Face hub (needs ``huggingface_hub`` and network; default file ``model.safetensors``).
+      rngs: random streams of the model; ``nnx.Rngs(0)`` by default.
+      skip: globs of the model's paths that stay freshly initialised, e.g. ``"fc/*"`` for another
+        number of classes.
+      **fields: the configuration's fields, as for `cnnjax.models.create`.
+
+    Returns:
+      the model, in evaluation mode.
+
+    Raises:
+      ValueError: every mismatch between file and model at once.
+    """
+    blank = registry.abstract(name, **fields)
+    path = pathlib.Path(source)
+    if not path.is_file():
+        path = _from_hub(str(source))
+    weights = read_weights(path)
+    skip = (skip,) if isinstance(skip, str) else skip
+    layout, _ = _best(blank, weights, None, skip)
+    fields = {**dict(layout.fields), **fields}
+    rngs = rngs if rngs is not None else nnx.Rngs(0)
+    with contextlib.nullcontext() if skip else init.without_draws():
+        model = registry.create(name, rngs=rngs, **fields)
+    load_weights(model, weights, layouts=(layout,), skip=skip)
+    model.eval()
+    return model
+
+
+def _from_hub(source: str) -> pathlib.Path:
+    match = _HUB.match(source)
+    missing = f"no weight file {source!r}"
+    if match is None or (pathlib.Path(source).suffix and not match.group(2)):
+        raise FileNotFoundError(missing)
+    try:
+        from huggingface_hub import hf_hub_download
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{missing}; if it's a repository on the Hugging Face hub, `pip install "
+            "huggingface_hub` first"
+        ) from error
+    return pathlib.Path(hf_hub_download(match.group(1), match.group(2) or "model.safetensors"))
