@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import tempfile
+import zlib
 from typing import Any
 
 import jax
@@ -88,6 +89,18 @@ def _unflat(flat: dict[str, Any], template: PyTree) -> PyTree:
 @jax.jit
 def _snapshot(flat: dict[str, Any]) -> dict[str, Any]:
     return jax.tree.map(jnp.copy, flat)
+
+
+def _checksums(flat: dict[str, Any]) -> dict[str, int | None]:
+    """CRC-32 of each array's bytes (Orbax keeps none of its own); None where it is split up."""
+    out: dict[str, int | None] = {}
+    for path, leaf in flat.items():
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_replicated:
+            out[path] = None
+            continue
+        data = leaf.addressable_data(0) if isinstance(leaf, jax.Array) else leaf
+        out[path] = zlib.crc32(np.ascontiguousarray(data).reshape(-1).view(np.uint8).data)
+    return out
 
 
 def _encode(position: Any) -> Any:
@@ -186,6 +199,7 @@ class Checkpointer:
             "format": _FORMAT,
             "step": step,
             "tree": {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()},
+            "crc32": _checksums(flat),
             "iterators": _gather(_encode(iterator)),
             "config": self._config,
         }
@@ -262,7 +276,13 @@ class Checkpointer:
             for k, v in flat.items()
         }
         stored = self._read(step, state=ocp.args.StandardRestore(abstract)).state
+        sums = _checksums(stored)
+        wrong = [k for k, v in meta["crc32"].items() if v is not None and sums[k] not in (None, v)]
+        if wrong:
+            raise self._damaged(step, f"wrong checksum of {', '.join(wrong[:8])}")
         positions = meta["iterators"]
+        if all(p == positions[0] for p in positions):  # one position for all, however many
+            positions = positions[:1] * jax.process_count()
         if len(positions) != jax.process_count():
             raise CheckpointMismatchError(
                 f"checkpoint {step} in {self.directory} was written by {len(positions)} "
@@ -278,12 +298,14 @@ class Checkpointer:
         try:
             return self._manager.restore(step, args=ocp.args.Composite(**args))
         except Exception as error:
-            others = [s for s in self.steps() if s != step]
-            hint = f"delete it to go on from step {max(others)}" if others else "there is no other"
-            raise CheckpointError(
-                f"checkpoint {self.directory / str(step)} is damaged or incomplete ({hint}): "
-                f"{type(error).__name__}: {str(error)[:500]}"
-            ) from error
+            raise self._damaged(step, f"{type(error).__name__}: {str(error)[:500]}") from error
+
+    def _damaged(self, step: int, why: str) -> CheckpointError:
+        others = [s for s in self.steps() if s != step]
+        hint = f"delete it to go on from step {max(others)}" if others else "there is no other"
+        return CheckpointError(
+            f"checkpoint {self.directory / str(step)} is damaged or incomplete ({hint}): {why}"
+        )
 
     def _check_tree(self, step: int, stored: dict[str, Any], flat: dict[str, Any]) -> None:
         wanted = {k: [list(v.shape), str(v.dtype)] for k, v in flat.items()}

@@ -15,7 +15,7 @@ def default_cache_dir() -> pathlib.Path:
 
 
 def enable_compilation_cache(
-    path: str | os.PathLike[str] | bool | None = None, *, min_seconds: float = 0.2
+    path: str | os.PathLike[str] | bool | None = None, *, min_seconds: int | float = 0.2
 ) -> pathlib.Path | None:
     """Turns the persistent compilation cache on (scripts call this first) or off.
 

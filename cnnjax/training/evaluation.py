@@ -104,6 +104,7 @@ def evaluate(
       eval_step: from `make_eval_step`.
       state: the training state.
       batches: host batches; a shorter last batch compiles once more, so pad it (``weight``).
+        If they have a ``reset`` method (`cnnjax.data.Loader`), it is called first.
       put: places a host batch on the devices, e.g. `shard_batch` with a mesh.
 
     Returns:
@@ -112,6 +113,8 @@ def evaluate(
     Raises:
       ValueError: if there is no example at all.
     """
+    if hasattr(batches, "reset"):
+        batches.reset()  # type: ignore[attr-defined]
     pending: list[Any] = []
     for batch in batches:
         pending.append(eval_step(state, put(batch) if put else batch))

@@ -15,7 +15,7 @@ def softmax_cross_entropy(
     logits: Float[Array | np.ndarray, "n c"],
     labels: Shaped[Array, ...],
     *,
-    label_smoothing: float = 0.0,
+    label_smoothing: int | float = 0.0,
 ) -> Float[Array, " n"]:
     """Cross-entropy of each example, in float32 nats.
 
@@ -75,13 +75,15 @@ def label_rank(logits: Float[Array | np.ndarray, "n c"], labels: Any) -> Num[Arr
 
 
 def classification_loss(
-    label_smoothing: float = 0.0, *, image: str = "image", label: str = "label"
+    label_smoothing: int | float = 0.0, *, image: str = "image", label: str = "label"
 ) -> Any:
     """The default loss hook: cross-entropy of ``model(batch["image"])``.
 
     Returns:
-      ``loss(model, batch, context) -> (scalar, metrics)``; ``batch["weight"]`` ``(n,)`` is used
-      where present. Metrics: ``accuracy`` (top-1 against the arg-max of soft labels).
+      ``loss(model, batch, context) -> (scalar, metrics)``. Where the batch has them,
+      ``batch["soft_label"]`` ``(n, c)`` replaces the labels in the loss (give no smoothing here if
+      the data smooths them already) and ``batch["weight"]`` ``(n,)`` weighs the examples.
+      Metrics: ``accuracy`` (top-1 against ``batch["label"]``).
     """
 
     def loss(model: Any, batch: Mapping[str, Any], context: Any) -> tuple[Any, dict[str, Any]]:
@@ -89,7 +91,10 @@ def classification_loss(
         logits = model(batch[image])
         labels, weight = batch[label], batch.get("weight")
         value = weighted_mean(
-            softmax_cross_entropy(logits, labels, label_smoothing=label_smoothing), weight
+            softmax_cross_entropy(
+                logits, batch.get("soft_label", labels), label_smoothing=label_smoothing
+            ),
+            weight,
         )
         hit = label_rank(jax.lax.stop_gradient(logits), labels) < 1
         return value, {"accuracy": weighted_mean(hit, weight)}

@@ -92,15 +92,15 @@ class Progress:
         start: int = 0,
         label: str = "train",
         enabled: bool = True,
-        stream: IO[str] | None = None,
-        interval: float = 10.0,
+        stream: Any = None,  # a text stream; default stderr
+        interval: int | float = 10.0,
     ) -> None:
         self.total, self.label, self.enabled, self.interval = total, label, enabled, interval
         self.stream = sys.stderr if stream is None else stream
         self.start, self.began = start, time.monotonic()
         self._last, self._width = -math.inf, 0
 
-    def update(self, step: int, metrics: dict[str, Any], rate: float | None = None) -> None:
+    def update(self, step: int, metrics: dict[str, Any], rate: int | float | None = None) -> None:
         """Shows the state of affairs after ``step`` steps."""
         now = time.monotonic()
         tty = self.stream.isatty()

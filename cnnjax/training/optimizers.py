@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from cnnjax.tree import check_patterns, flatten, map_with_path, match_any
 
 PyTree = Any
 Schedule = Callable[[Any], Any]
+Number = int | float
 
 _SCHEDULES = ("constant", "cosine", "linear", "polynomial", "step")
 _OPTIMIZERS = ("sgd", "adam", "adamw", "rmsprop", "lars")
@@ -39,15 +40,15 @@ class ScheduleConfig:
     """
 
     name: str = "cosine"
-    base: float = 0.1
+    base: Number = 0.1
     unit: str = "epochs"
-    warmup: float = 0.0
-    warmup_start: float = 0.0
-    final: float = 0.0
-    power: float = 1.0
-    boundaries: tuple[float, ...] = ()
-    every: float = 0.0
-    gamma: float = 0.1
+    warmup: Number = 0.0
+    warmup_start: Number = 0.0
+    final: Number = 0.0
+    power: Number = 1.0
+    boundaries: Sequence[Number] = ()
+    every: Number = 0.0
+    gamma: Number = 0.1
 
     def __post_init__(self) -> None:
         if self.name not in _SCHEDULES:
@@ -139,18 +140,18 @@ class OptimizerConfig:
     """
 
     name: str = "sgd"
-    momentum: float = 0.9
+    momentum: Number = 0.9
     nesterov: bool = False
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float | None = None
-    decay: float = 0.9
-    weight_decay: float = 0.0
-    decay_include: tuple[str, ...] = ("**",)
-    decay_exclude: tuple[str, ...] = ("**/bias", "**/scale")
-    clip_norm: float | None = None
-    clip_value: float | None = None
-    frozen: tuple[str, ...] = ()
+    b1: Number = 0.9
+    b2: Number = 0.999
+    eps: Number | None = None
+    decay: Number = 0.9
+    weight_decay: Number = 0.0
+    decay_include: Sequence[str] = ("**",)
+    decay_exclude: Sequence[str] = ("**/bias", "**/scale")
+    clip_norm: Number | None = None
+    clip_value: Number | None = None
+    frozen: Sequence[str] = ()
     multi_steps: int = 1
 
     def __post_init__(self) -> None:
@@ -181,7 +182,7 @@ def path_mask(include: Any, exclude: Any = (), *, strict: bool = False) -> Calla
 
 
 def build_optimizer(
-    config: OptimizerConfig, learning_rate: float | Schedule
+    config: OptimizerConfig, learning_rate: Number | Schedule
 ) -> optax.GradientTransformation:
     """The optax transformation of a configuration.
 
@@ -249,7 +250,7 @@ def build_optimizer(
 
 
 def _rmsprop_tf(
-    learning_rate: float | Schedule, decay: float, eps: float, momentum: float | None
+    learning_rate: Number | Schedule, decay: Number, eps: Number, momentum: Number | None
 ) -> optax.GradientTransformation:
     """RMSProp as TensorFlow writes it: ``ms`` starts at 1, ``eps`` is inside the root, and the
     learning rate is applied before momentum: ``mom = m * mom + lr * g / sqrt(ms + eps)``.

@@ -21,6 +21,7 @@ from cnnjax.training.state import Network, TrainState, model_stats
 
 PyTree = Any
 
+_NOT_CAST = ("label", "soft_label", "weight")  # of a batch
 # which forward values the backward pass keeps; everything else is computed again
 _REMAT = ("none", "convs", "full")
 
@@ -87,7 +88,7 @@ class StepConfig:
     steps_per_call: int = 1
     compute_dtype: str | None = None
     remat: str = "none"
-    ema_decay: float | None = None
+    ema_decay: int | float | None = None
     ema_warmup: bool = True
     grad_norm: bool = False
 
@@ -166,7 +167,7 @@ def make_loss(network: Network, config: StepConfig, hooks: Hooks) -> Callable[..
         if config.compute_dtype is not None:
             own = cast_floats(own, config.compute_dtype)
             batch = {
-                k: v if k in ("label", "weight") else cast_floats(v, config.compute_dtype)
+                k: v if k in _NOT_CAST else cast_floats(v, config.compute_dtype)
                 for k, v in batch.items()
             }
         model = network.model(own, stats, key=model_key, train=True)
