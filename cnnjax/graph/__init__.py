@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from cnnjax.graph.check import label_check
+from cnnjax.graph.profile import LayerCost, Profile, profile
+from cnnjax.graph.timing import Energy, Latency, energy, latency, proxy_energy
+from cnnjax.graph.tracing import trace, trace_fn
 from cnnjax.graph.types import (
     FIXED,
     Axis,
@@ -19,11 +23,22 @@ __all__ = [
     "FIXED",
     "Axis",
     "Constraint",
+    "Energy",
     "Fixed",
     "Graph",
     "GraphError",
     "Group",
     "LabelError",
+    "Latency",
     "Layer",
+    "LayerCost",
+    "Profile",
     "Source",
+    "energy",
+    "label_check",
+    "latency",
+    "profile",
+    "proxy_energy",
+    "trace",
+    "trace_fn",
 ]

@@ -14,7 +14,7 @@ Conventions for whoever slices leaves (`cnnjax.surgery`, `cnnjax.pruning.shrink`
 * Grouped convolution with different survivors in each conv-group: the kernel's input axis has a
   ``table`` of shape (conv_groups, I/groups), and the survivors of row q are the input positions of
   the output channels of conv-group q (``table_axis``). `Axis.kept` then has that shape, too.
-* A conv-group all of whose inputs and outputs are removed disappears (``feature_group_count`` falls).
+* A conv-group whose inputs and outputs are all removed disappears (``feature_group_count`` falls).
 
 How layers behind a custom formulation are found: a function wrapped by ``jax.custom_vjp`` or
 ``jax.jit`` whose name starts with ``cnnjax_conv`` (or ``cnnjax_depthwise_conv``,
@@ -300,7 +300,12 @@ class Graph:
       num_atoms: how many atoms there are.
       edges: (producer layer index, consumer layer index) pairs: dataflow to the *next* layers.
       inputs: abstract example inputs, as given.
-      mode: how grouped convolutions and splits are treated.
+      mode: how grouped convolutions and splits are treated: ``"flexible"``, ``"tied"`` (same
+        positions in every part) or ``"whole"`` (whole conv-groups; splits as in ``"tied"``).
+      identity: per axis the identity of every position: equal where the program makes two
+        positions meet. Finer than atoms, which also bind positions that only go together.
+      tables: the same for the ``table`` of grouped kernels.
+      literals: scalar constants of the program, in order, with their lines' equation info.
     """
 
     axes: Mapping[Key, Axis]
@@ -314,6 +319,9 @@ class Graph:
     edges: tuple[tuple[int, int], ...] = ()
     inputs: tuple[Any, ...] = ()
     mode: str = "flexible"
+    identity: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    tables: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    literals: tuple[tuple[float, Any], ...] = dataclasses.field(default=(), repr=False)
 
     def axis(self, path: str, axis: int = -1) -> Axis:
         """The `Axis` of a variable.
@@ -348,7 +356,8 @@ class Graph:
         if len(found) > 1:
             names = ", ".join(repr(g.name) for g in found)
             raise ValueError(f"{path!r} axis {axis} carries {len(found)} groups: {names}")
-        return found[0]
+        (group,) = found
+        return group
 
     def layer(self, path: str, call: int = 0) -> Layer:
         """The layer at a module path.

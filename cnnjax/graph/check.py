@@ -1,0 +1,275 @@
+"""The label check: a shrunk network's channels must meet exactly as the original's did."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from cnnjax.errors import did_you_mean
+from cnnjax.graph.ledger import STAY, Ledger, locate
+from cnnjax.graph.solve import identities
+from cnnjax.graph.tracing import analyse, functional
+from cnnjax.graph.types import FIXED, Graph, GraphError, Key, LabelError
+
+UNKNOWN = -2
+
+
+def label_check(
+    model: nnx.Module | Callable[..., Any],
+    graph: Graph,
+    alive: Any,
+    *inputs: Any,
+    params: Any = None,
+) -> dict[Key, np.ndarray]:
+    """Proves by a second trace that the shrunk program joins the same channels as the original.
+
+    Args:
+      model: the shrunk NNX module (leaves may be abstract; only shapes count), or a function
+        ``fn(params, *inputs)``.
+      graph: of the original.
+      alive: boolean array over the graph's atoms: what is kept.
+      *inputs: example inputs; those of ``graph`` by default.
+      params: the shrunk variables of a function.
+
+    Returns:
+      For every axis of every variable the positions of the *original* axis, in the order in which
+      the shrunk program needs them: slice the original's arrays with these. For a grouped kernel's
+      input axis of shape (conv_groups, kept): per conv-group.
+
+    Raises:
+      LabelError: names the line where channels meet that didn't before, or where sizes clash.
+    """
+    alive = np.asarray(getattr(alive, "alive", alive), bool)
+    if alive.shape != (graph.num_atoms,):
+        raise ValueError(f"alive has shape {alive.shape}, the graph has {graph.num_atoms} atoms")
+    inputs = inputs or graph.inputs
+    if isinstance(model, nnx.Module):
+        fn, variables = functional(model)
+    else:
+        fn, variables = model, params
+    grouped = frozenset(path for path, _ in graph.tables)
+    try:
+        ledger, shapes, _ = analyse(fn, variables, tuple(inputs), grouped=grouped)
+    except GraphError as error:
+        raise LabelError(
+            f"the shrunk network doesn't run: {error.__cause__ or error}{_where(error)}"
+            f"{_hints(graph)}"
+        ) from error
+    _same_variables(graph, shapes, alive)
+    check = _Check(graph, alive, ledger)
+    check.assign()
+    check.group_tables()
+    check.relations()
+    check.literals()
+    return check.index
+
+
+def _where(error: BaseException) -> str:
+    """The user's line in an exception's traceback."""
+    cause = error.__cause__ or error
+    found = ""
+    for frame in traceback.extract_tb(cause.__traceback__):
+        name = frame.filename.replace("\\", "/")
+        if all(s not in name for s in ("/jax/", "/flax/", "/cnnjax/graph/", "/cnnjax/ops/")):
+            found = f" at {'/'.join(name.split('/')[-3:])}:{frame.lineno} ({frame.name})"
+    return found
+
+
+def _hints(graph: Graph) -> str:
+    """Lines where channels are cut at numbers that may be hard-coded."""
+    lines = [f"{c.reason} at {c.source}" for c in graph.constraints if c.kind == "split"]
+    if not lines:
+        return ""
+    return "; channels are cut by numbers that may not follow the width: " + ", ".join(lines[:6])
+
+
+def _same_variables(graph: Graph, shapes: dict[str, tuple[int, ...]], alive: np.ndarray) -> None:
+    for path in graph.shapes:
+        if path not in shapes:
+            raise LabelError(f"the shrunk network has no {path!r}.{did_you_mean(path, shapes)}")
+    for path, shape in shapes.items():
+        if path not in graph.shapes:
+            raise LabelError(f"the shrunk network has a new variable {path!r}")
+        want = []
+        for axis in range(len(graph.shapes[path])):
+            kept = graph.axes[path, axis].kept(alive)
+            want.append(kept.shape[-1] if kept.ndim == 2 else len(kept))
+        if tuple(want) != tuple(shape):
+            raise LabelError(f"{path} has shape {shape}, the kept channels ask for {tuple(want)}")
+
+
+class _Check:
+    def __init__(self, graph: Graph, alive: np.ndarray, ledger: Ledger) -> None:
+        self.graph, self.alive, self.ledger = graph, alive, ledger
+        self.ident = identities(ledger)
+        self.label = np.full(int(self.ident.max()) + 1, UNKNOWN, np.int64)
+        self.index: dict[Key, np.ndarray] = {}
+        top = max((int(a.max()) for a in graph.identity.values() if a.size), default=0)
+        self.atom_of = np.full(top + 2, FIXED, np.int64)
+        for key, ids in graph.identity.items():
+            if key not in graph.tables:
+                self.atom_of[ids] = graph.axes[key].labels
+
+    def nodes(self, key: Key) -> np.ndarray:
+        start = self.ledger.starts[key]
+        return np.arange(start, start + self.ledger.lengths[key])
+
+    def order(self) -> list[Key]:
+        """Axes in the order in which the program meets them, producers before consumers."""
+        when: dict[str, int] = {}
+        for i, layer in enumerate(self.graph.layers):
+            when.setdefault(layer.path, i)
+
+        def rank(key: Key) -> tuple[int, int, int]:
+            path, axis = key
+            at = when.get(path.rpartition("/")[0], when.get(path, 1 << 30))
+            return (int(self.graph.axes[key].consumer), at, -axis)
+
+        return sorted((k for k in self.graph.axes if k not in self.graph.tables), key=rank)
+
+    def assign(self) -> None:
+        """Gives every class of the new program the old channel that it carries."""
+        for key in self.order():
+            axis = self.graph.axes[key]
+            kept = axis.kept(self.alive)
+            old = self.graph.identity[key][kept]
+            cls = self.ident[self.nodes(key)]
+            known = self.label[cls]
+            unknown = known == UNKNOWN
+            if unknown.all():
+                self.index[key] = kept
+                self.label[cls] = old
+                bad = self.label[cls] != old
+                if bad.any():
+                    self.fail(key, int(np.flatnonzero(bad)[0]))
+                continue
+            if np.array_equal(known, old):
+                self.index[key] = kept
+                continue
+            if unknown.any():
+                known = self.fill(key, known, old)
+            a, b = np.argsort(known, kind="stable"), np.argsort(old, kind="stable")
+            bad = known[a] != old[b]
+            if bad.any():
+                self.fail(key, int(a[np.flatnonzero(bad)[0]]))
+            index = np.empty_like(kept)
+            index[a] = kept[b]
+            self.index[key] = index
+            self.label[cls] = known
+
+    def fill(self, key: Key, known: np.ndarray, old: np.ndarray) -> np.ndarray:
+        """Positions not decided yet get the channels that are left, in order."""
+        left = list(old)
+        for k in known[known != UNKNOWN].tolist():
+            if k not in left:
+                self.fail(key, int(np.flatnonzero(known == k)[0]))
+            left.remove(k)
+        known = known.copy()
+        known[known == UNKNOWN] = left
+        return known
+
+    def group_tables(self) -> None:
+        """Grouped kernels: every new conv-group is one old conv-group, with its own channels."""
+        seen = set()
+        for g in self.ledger.grouped:
+            key = self.ledger.axis_of(g.kernel)
+            if key is None or key not in self.graph.tables:
+                continue
+            axis, path = self.graph.axes[key], key[0]
+            outs = self.ledger.axis_of(g.outputs)
+            assert outs is not None
+            table = self.graph.tables[key]
+            per = self.graph.shapes[path][outs[1]] // len(table)
+            old_group = (self.index[outs] // per).reshape(len(g.outputs), -1)
+            new = self.label[self.ident[g.inputs]]
+            rows = []
+            for q in range(len(new)):
+                home = old_group[q, 0]
+                if (old_group[q] != home).any():
+                    self.fail_at(g.info, f"{path}: a conv-group has outputs of several old ones")
+                row = table[home]
+                mask = axis.alive(self.alive)[home] if axis.table is not None else row == row
+                at = np.flatnonzero(mask)
+                a, b = np.argsort(new[q], kind="stable"), np.argsort(row[at], kind="stable")
+                if len(a) != len(b) or (new[q][a] != row[at][b]).any():
+                    self.fail_at(g.info, f"{path}: conv-group {q} reads other channels than before")
+                index = np.empty(len(at), np.int64)
+                index[a] = at[b]
+                rows.append(index)
+            found = np.asarray(rows)
+            if key in seen and not np.array_equal(self.index[key], found):
+                self.fail_at(g.info, f"{path}: two calls need different orders")
+            seen.add(key)
+            self.index[key] = found if axis.table is not None else found[0]
+        for key in self.graph.tables:
+            if key not in seen:
+                kept = self.graph.axes[key].kept(self.alive)
+                size = self.ledger.lengths[key]
+                if kept.shape[-1] != size or self.graph.axes[key].table is not None:
+                    raise LabelError(f"{key[0]}: no longer read by a grouped convolution")
+                self.index[key] = kept
+
+    def atoms(self, nodes: np.ndarray) -> np.ndarray:
+        label = self.label[self.ident[nodes]]
+        return np.where(label < 0, FIXED, self.atom_of[label])
+
+    def relations(self) -> None:
+        """Ties, padding and fixed positions of the new program were there in the old one."""
+        for event, to in zip(self.ledger.ties, self.ledger.tie_to):
+            if (self.atoms(event.labels) != self.atoms(to)).any():
+                self.fail_at(event.info, f"{event.reason}: binds channels that weren't bound")
+        for relation, other in (
+            (self.ledger.same, self.ledger.same_to),
+            (self.ledger.ties, self.ledger.tie_to),
+        ):
+            for event, to in zip(relation, other):
+                left, right = event.labels == STAY, to == STAY
+                if left.any() or right.any():
+                    nodes = np.concatenate([to[left & ~right], event.labels[right & ~left]])
+                    if (self.atoms(nodes) != FIXED).any():
+                        self.fail_at(event.info, f"{event.reason}: channels meet padding")
+        for event in self.ledger.fixes:
+            if not event.policy and (self.atoms(event.labels) != FIXED).any():
+                self.fail_at(event.info, f"{event.reason}: wasn't so before")
+
+    def literals(self) -> None:
+        """Constants computed from the width change the function unless a statistic is allowed."""
+        old, new = self.graph.literals, self.ledger.literals
+        if len(old) != len(new):
+            return
+        removed = np.flatnonzero(~self.alive)
+        if any(g.statistic and np.isin(g.atoms, removed).any() for g in self.graph.groups):
+            return
+        for (a, _), (b, info) in zip(old, new):
+            if a != b and not (np.isnan(a) and np.isnan(b)):
+                self.fail_at(info, f"a constant of the program follows the width: {a:g} -> {b:g}")
+
+    def fail(self, key: Key, position: int) -> None:
+        """Raises for a position of an axis that carries another channel than it should."""
+        node = int(self.nodes(key)[position])
+        cls = self.ident[node]
+        for event, to in zip(self.ledger.same, self.ledger.same_to):
+            if (event.labels == node).any() or (to == node).any():
+                self.fail_at(
+                    event.info,
+                    f"{event.reason}: {key[0]} axis {key[1]} meets other channels than in the "
+                    f"original (position {position})",
+                    cls,
+                )
+        raise LabelError(f"{key[0]} axis {key[1]}: position {position} carries another channel")
+
+    def fail_at(self, info: Any, text: str, cls: int | None = None) -> None:
+        """Raises with the line, and with the lines that cut the same channels."""
+        cuts = []
+        for s in self.ledger.splits:
+            if cls is None or (self.ident[s.labels] == cls).any():
+                cuts.append(f"{s.reason} at {locate(s.info)}")
+        for e in self.ledger.fixes:
+            if e.policy and (cls is None or (self.ident[e.labels] == cls).any()):
+                cuts.append(f"{e.reason} at {locate(e.info)}")
+        more = "; channels are cut here: " + ", ".join(dict.fromkeys(cuts)) if cuts else ""
+        raise LabelError(f"{text} at {locate(info)}{more}{'' if cuts else _hints(self.graph)}")

@@ -1,0 +1,197 @@
+"""What the label algebra writes down while it walks a program; solved once at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+from jax._src import source_info_util
+
+from cnnjax.graph.types import Source
+from cnnjax.graph.values import Comp, Value
+
+STAY = 0  # node of positions that can't go
+
+
+@dataclasses.dataclass(slots=True)
+class Event:
+    """Labels together with a reason and the place in the program."""
+
+    labels: np.ndarray
+    reason: str
+    info: Any = None
+    policy: bool = False  # says what may be pruned, not what the program does
+
+
+@dataclasses.dataclass(slots=True)
+class Split:
+    """A dim cut into parts: ``labels[part, position]``; the parts keep equal numbers."""
+
+    labels: np.ndarray
+    reason: str
+    info: Any = None
+    reshape: bool = False
+
+
+@dataclasses.dataclass(slots=True)
+class Grouped:
+    """A grouped convolution: labels of inputs (g, I/g), kernel inputs (I/g,), outputs (g, O/g)."""
+
+    inputs: np.ndarray
+    kernel: np.ndarray
+    outputs: np.ndarray
+    path: str
+    info: Any = None
+
+
+@dataclasses.dataclass(slots=True)
+class Applied:
+    """A layer as it is met; becomes a `types.Layer`."""
+
+    path: str
+    kind: str
+    kernel: str | None
+    kernel_shape: tuple[int, ...]
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    fields: dict[str, Any]
+    inputs: Value | None
+    output: Value | None
+    info: Any = None
+
+
+def _short(path: str) -> str:
+    parts = path.replace("\\", "/").split("/")
+    return "/".join(parts[-3:])
+
+
+def locate(info: Any) -> Source | None:
+    """The user's line behind an equation: the innermost frame outside of JAX and Flax."""
+    if info is None or info.traceback is None:
+        return None
+    first = None
+    for frame in source_info_util.user_frames(info.traceback):
+        name = frame.file_name.replace("\\", "/")
+        found = Source(_short(name), frame.start_line, frame.function_name.split(".")[-1])
+        if first is None:
+            first = found
+        if "/flax/" not in name and "/cnnjax/ops" not in name and "/cnnjax/graph/" not in name:
+            return found
+    return first
+
+
+class Ledger:
+    """Nodes, equalities, ties, reasons, constraints and layers of one walk.
+
+    Two kinds of relation: `equal` (the positions of two arrays meet, so they are the same channel)
+    and `tie` (they are different channels that can only go together).
+    """
+
+    def __init__(self, parameters: frozenset[str], grouped: frozenset[str] = frozenset()) -> None:
+        self.size = 1
+        self.always_grouped = grouped  # kernels that were grouped before they shrank
+        self.starts: dict[tuple[str, int], int] = {}
+        self.lengths: dict[tuple[str, int], int] = {}
+        self.parameters = parameters
+        self.same: list[Event] = []
+        self.same_to: list[np.ndarray] = []
+        self.ties: list[Event] = []
+        self.tie_to: list[np.ndarray] = []
+        self.fixes: list[Event] = []
+        self.statistics: list[Event] = []
+        self.splits: list[Split] = []
+        self.grouped: list[Grouped] = []
+        self.layers: list[Applied] = []
+        self.edges: set[tuple[int, int]] = set()
+        self.consumed: set[int] = set()  # first node of axes that are contracted away
+        self.literals: list[tuple[float, Any]] = []
+        self.info: Any = None  # of the equation being read
+        self._seen: set[tuple[Any, ...]] = set()
+
+    # -- nodes --------------------------------------------------------------------------------
+
+    def variable(self, path: str, shape: tuple[int, ...]) -> Value:
+        """The value of a variable: a fresh node for every position of every axis."""
+        comps = []
+        for axis, n in enumerate(shape):
+            self.starts[path, axis] = self.size
+            self.lengths[path, axis] = n
+            comps.append(Comp((axis,), np.arange(self.size, self.size + n), True))
+            self.size += n
+        return Value(
+            tuple(shape),
+            tuple(comps),
+            tuple(n > 1 for n in shape),
+            leaves=frozenset({path}),
+            why=f"variable {path}",
+        )
+
+    def axis_of(self, labels: np.ndarray) -> tuple[str, int] | None:
+        """The variable axis whose own nodes, all and in order, these labels are."""
+        flat = labels.reshape(-1)
+        if not len(flat) or flat[0] == STAY or not np.all(np.diff(flat) == 1):
+            return None
+        for key, start in self.starts.items():
+            if start == flat[0] and self.lengths[key] == len(flat):
+                return key
+        return None
+
+    # -- relations ----------------------------------------------------------------------------
+
+    def equal(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:
+        """Position by position the same channel."""
+        if a is b or np.array_equal(a, b):
+            return
+        self.same.append(Event(np.ravel(a), reason, self.info))
+        self.same_to.append(np.ravel(b))
+
+    def tie(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:
+        """Position by position: removed together."""
+        a, b = np.broadcast_arrays(a, b)
+        if np.array_equal(a, b):
+            return
+        self.ties.append(Event(np.ravel(a), reason, self.info))
+        self.tie_to.append(np.ravel(b))
+
+    def fix(self, labels: np.ndarray, reason: str, *, policy: bool = False) -> None:
+        """These positions stay (``policy``: for we don't know, not for the program says so)."""
+        self.fixes.append(Event(np.ravel(labels), reason, self.info, policy))
+
+    def fix_all(self, val: Value, reason: str) -> None:
+        """No channel of this value may go."""
+        for c in val.comps:
+            self.fix(c.labels, reason)
+
+    def statistic(self, labels: np.ndarray, reason: str) -> None:
+        """Removing some of these changes what the others compute."""
+        self.statistics.append(Event(np.ravel(labels), reason, self.info))
+
+    def tie_dims(self, c: Comp, dims: tuple[int, ...], reason: str) -> Comp | None:
+        """Ties a component along some of its dims; None if no dim is left."""
+        for d in dims:
+            if d not in c.dims:
+                continue
+            if len(c.dims) == 1:
+                return None
+            k = c.dims.index(d)
+            first = np.take(c.labels, [0], axis=k)
+            self.tie(c.labels, first, reason)
+            c = Comp(c.dims[:k] + c.dims[k + 1 :], first.squeeze(k), c.zero)
+        return c
+
+    def split(self, labels: np.ndarray, reason: str, *, reshape: bool = False) -> None:
+        """``labels[part, position]``: the parts must keep equal numbers."""
+        key = (labels.shape, labels.tobytes())
+        if key not in self._seen:
+            self._seen.add(key)
+            self.splits.append(Split(labels, reason, self.info, reshape))
+
+    # -- layers -------------------------------------------------------------------------------
+
+    def layer(self, applied: Applied, src: frozenset[int]) -> frozenset[int]:
+        """Records a layer; returns what its output's ``src`` is."""
+        index = len(self.layers)
+        self.layers.append(applied)
+        self.edges.update((s, index) for s in src)
+        return frozenset({index})

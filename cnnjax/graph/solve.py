@@ -1,0 +1,385 @@
+"""From a ledger to a `Graph`: equalities and ties are solved once, by connected components."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from cnnjax.graph.ledger import STAY, Event, Ledger, locate
+from cnnjax.graph.types import FIXED, Axis, Constraint, Fixed, Graph, Group, Key, Layer
+from cnnjax.graph.values import Value
+
+
+def components(size: int, left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
+    """Class of every node; edges at node ``STAY`` are left out."""
+    if not left:
+        return np.arange(size)
+    a, b = np.concatenate(left), np.concatenate(right)
+    ok = (a != STAY) & (b != STAY)
+    a, b = a[ok], b[ok]
+    matrix = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(size, size))
+    return connected_components(matrix, directed=False)[1].astype(np.int64)
+
+
+def identities(ledger: Ledger) -> np.ndarray:
+    """Identity of every node: equal where positions meet."""
+    return components(ledger.size, [e.labels for e in ledger.same], ledger.same_to)
+
+
+def _mode_ties(ledger: Ledger, mode: str) -> None:
+    """Ties that follow from how grouped convolutions and splits are to be treated."""
+    counts = {g.inputs.shape[0] for g in ledger.grouped}
+    first: dict[int, Any] = {}
+    for g in ledger.grouped:
+        ledger.info = g.info
+        other = first.setdefault(int(g.kernel[0]), g)
+        if other is not g:
+            if other.inputs.shape != g.inputs.shape:
+                ledger.fix(g.inputs, "a grouped kernel used with different groups")
+            else:
+                ledger.tie(other.inputs, g.inputs, "a grouped kernel used twice")
+        if mode == "tied":
+            ledger.tie(g.inputs, g.inputs[:1], "same positions in every conv-group")
+            ledger.tie(g.outputs, g.outputs[:1], "same positions in every conv-group")
+        elif mode == "whole":
+            ledger.tie(g.inputs, g.inputs[:, :1], "whole conv-groups")
+            ledger.tie(g.outputs, g.inputs[:, :1], "whole conv-groups")
+    for s in ledger.splits:
+        ledger.info = s.info
+        parts, inner = s.labels.shape
+        if s.reshape and inner in counts and parts not in counts:
+            ledger.tie(s.labels, s.labels[:, :1], "groups are the inner dim of the split")
+        elif mode != "flexible":
+            ledger.tie(s.labels, s.labels[:1], "same positions in every part")
+
+
+def _fixed_nodes(ledger: Ledger) -> tuple[np.ndarray, list[Event]]:
+    """For every node the index of the first reason why it stays (or a large number)."""
+    events = list(ledger.fixes)
+    for relation, to in ((ledger.same, ledger.same_to), (ledger.ties, ledger.tie_to)):
+        for event, other in zip(relation, to):
+            if (event.labels == STAY).any() or (other == STAY).any():
+                nodes = np.concatenate([event.labels[other == STAY], other[event.labels == STAY]])
+                reason = f"meets padding or fixed positions in {event.reason}"
+                events.append(Event(nodes, reason, event.info))
+    first = np.full(ledger.size, len(events), np.int64)
+    for i in range(len(events) - 1, -1, -1):
+        first[events[i].labels] = i
+    return first, events
+
+
+def solve(
+    ledger: Ledger, shapes: dict[str, tuple[int, ...]], dtypes: dict[str, Any], mode: str
+) -> Graph:
+    """The graph of a walked program."""
+    ident = identities(ledger)
+    _mode_ties(ledger, mode)
+    # the input axis of a grouped kernel has a table instead of labels of its own
+    table_keys: dict[Key, Any] = {}
+    sizes = np.bincount(ident, minlength=ledger.size)
+    for g in ledger.grouped:
+        key = ledger.axis_of(g.kernel)
+        assert key is not None
+        ledger.info = g.info
+        if (sizes[ident[g.kernel]] > 1).any() or int(g.kernel[0]) in {
+            int(e.labels[0]) for e in ledger.fixes if e.labels.size
+        }:
+            for labels in (g.inputs, g.outputs, g.kernel):
+                ledger.fix(labels, "a grouped kernel that is used in another way as well")
+        table_keys[key] = g
+    left = [e.labels for e in ledger.same] + [e.labels for e in ledger.ties]
+    classes = components(ledger.size, left, ledger.same_to + ledger.tie_to)
+    first, events = _fixed_nodes(ledger)
+    count = int(classes.max()) + 1
+    why = np.full(count, len(events), np.int64)
+    np.minimum.at(why, classes, first)
+    free = why == len(events)
+    free[classes[STAY]] = False
+
+    own = {k: classes[s : s + ledger.lengths[k]] for k, s in ledger.starts.items()}
+    # a class that sits on one axis only is carried by nothing else: the variable isn't used
+    seen = np.zeros(count, np.int64)
+    for key, c in own.items():
+        if key not in table_keys:
+            seen[np.unique(c)] += 1
+    lonely = free & (seen < 2)
+    free &= ~lonely
+
+    consumer = {k: s in ledger.consumed for k, s in ledger.starts.items()}
+    signature, order = _signatures(ledger, own, consumer, free, table_keys, count)
+    atom_of, group_of_atom, names = _number(own, consumer, free, signature, order, table_keys)
+
+    def atoms(labels: np.ndarray) -> np.ndarray:
+        out = atom_of[classes[labels]]
+        out[labels == STAY] = FIXED
+        return out
+
+    axes: dict[Key, Axis] = {}
+    fixed: list[Fixed] = []
+    for key, c in own.items():
+        path, axis = key
+        labels = atom_of[c]
+        if key in table_keys:
+            g = table_keys[key]
+            outs = ledger.axis_of(g.outputs)
+            table = atoms(g.inputs)
+            if (table >= 0).any():
+                axes[key] = Axis(
+                    path, axis, np.full(len(c), FIXED), table, outs[1] if outs else None, True
+                )
+                continue
+            labels = np.full(len(c), FIXED)
+        reason = source = None
+        stay = labels == FIXED
+        if stay.any():
+            by = why[c[stay]]
+            for i in np.unique(by):
+                n = int((by == i).sum())
+                if i < len(events):
+                    text, where = events[i].reason, locate(events[i].info)
+                else:
+                    text, where = "no other variable carries these channels", None
+                fixed.append(Fixed(path, axis, n, len(c), text, where))
+                if reason is None:
+                    reason, source = text, where
+        axes[key] = Axis(path, axis, labels, None, None, consumer[key], reason, source)
+
+    constraints = _constraints(ledger, atoms)
+    statistics = _statistics(ledger, atoms, len(group_of_atom))
+    groups = _groups(axes, group_of_atom, names, constraints, statistics)
+    layers = _layers(ledger, shapes, atoms)
+    starts = ledger.starts.items()
+    return Graph(
+        axes=axes,
+        groups=groups,
+        constraints=constraints,
+        fixed=tuple(fixed),
+        layers=layers,
+        shapes=shapes,
+        dtypes=dtypes,
+        num_atoms=len(group_of_atom),
+        edges=tuple(sorted(ledger.edges)),
+        mode=mode,
+        identity={k: ident[s : s + ledger.lengths[k]] for k, s in starts},
+        tables={k: np.where(g.inputs == STAY, -1, ident[g.inputs]) for k, g in table_keys.items()},
+        literals=tuple(ledger.literals),
+    )
+
+
+def _signatures(ledger, own, consumer, free, table_keys, count):
+    """Per class a hash of its producer axes, and when its first layer is met."""
+    when: dict[str, int] = {}
+    for i, layer in enumerate(ledger.layers):
+        when.setdefault(layer.path, i)
+    rng = np.random.default_rng(0)
+    signature = np.zeros(count, np.uint64)
+    every = np.zeros(count, np.uint64)
+    order = np.full(count, 1 << 40, np.int64)
+    for key, c in own.items():
+        code = rng.integers(1, 1 << 62, dtype=np.uint64)
+        if key in table_keys:
+            continue
+        unique = np.unique(c)
+        every[unique] += code
+        if not consumer[key]:
+            signature[unique] += code
+            at = when.get(key[0].rpartition("/")[0], when.get(key[0], 1 << 30))
+            order[unique] = np.minimum(order[unique], at)
+    signature = np.where(signature == 0, every, signature)
+    return signature, order
+
+
+def _number(own, consumer, free, signature, order, table_keys):
+    """Numbers atoms group by group in program order; names groups by their first producer."""
+    count = len(free)
+    position = np.zeros(count, np.int64)
+    owner: dict[int, Key] = {}
+    best = np.full(count, 1 << 40, np.int64)
+    for rank, (key, c) in enumerate(own.items()):
+        if key in table_keys:
+            continue
+        # kernels name groups before biases do
+        score = rank + (0 if key[1] > 0 else 1 << 20) + (1 << 30 if consumer[key] else 0)
+        unique, where = np.unique(c, return_index=True)
+        better = score < best[unique]
+        best[unique[better]] = score
+        position[unique[better]] = where[better]
+        owner[score] = key
+    chosen = np.flatnonzero(free)
+    group_order: dict[int, tuple[int, int]] = {}
+    for cls in chosen.tolist():
+        sig = int(signature[cls])
+        mine = (int(order[cls]), int(best[cls]))
+        if sig not in group_order or mine < group_order[sig]:
+            group_order[sig] = mine
+    ranked = sorted(group_order, key=lambda s: group_order[s])
+    index = {sig: i for i, sig in enumerate(ranked)}
+    group = np.array([index[int(signature[c])] for c in chosen], dtype=np.int64)
+    sort = np.lexsort((position[chosen], best[chosen], group)) if len(chosen) else []
+    chosen, group = chosen[sort], group[sort]
+    atom_of = np.full(count, FIXED, np.int64)
+    atom_of[chosen] = np.arange(len(chosen))
+    names: list[str] = []
+    used: dict[str, int] = {}
+    for sig in ranked:
+        path = owner[group_order[sig][1]][0]
+        name = path.rpartition("/")[0] or path
+        used[name] = used.get(name, 0) + 1
+        names.append(name if used[name] == 1 else f"{name}#{used[name]}")
+    return atom_of, group, names
+
+
+def _constraints(ledger: Ledger, atoms) -> tuple[Constraint, ...]:
+    out: list[Constraint] = []
+    keyed: set[tuple[Any, ...]] = set()
+
+    def add(c: Constraint) -> None:
+        if not len(c.atoms):
+            return
+        key = (c.kind, *(np.sort(p).tobytes() for p in (*c.parts, *c.paired)))
+        if key not in keyed:
+            keyed.add(key)
+            out.append(c)
+
+    def trivial(rows: np.ndarray) -> bool:
+        rows = np.sort(rows, axis=1)
+        return bool((rows == rows[:1]).all())
+
+    partitions: list[tuple[np.ndarray, Any]] = []
+    for s in ledger.splits:
+        rows = atoms(s.labels)
+        partitions.append((rows, s))
+        if trivial(rows) or (s.reshape and bool((rows == rows[:, :1]).all())):
+            continue
+        add(Constraint("split", tuple(rows), s.reason, source=locate(s.info)))
+    for g in ledger.grouped:
+        ins, outs = atoms(g.inputs), atoms(g.outputs)
+        partitions.append((ins, g))
+        path = g.path.rpartition("/")[0] or g.path
+        add(
+            Constraint(
+                "grouped",
+                tuple(ins),
+                f"grouped convolution {path}",
+                tuple(outs),
+                path,
+                locate(g.info),
+            )
+        )
+    for parts, s in _products(partitions):
+        add(Constraint("split", parts, "split again after a shuffle", source=locate(s.info)))
+    return tuple(out)
+
+
+def _products(partitions):
+    """Where the same channels are cut in parts twice, the intersections keep equal numbers.
+
+    A shuffle interleaves by rank among the survivors, so that a channel meets the same channels
+    as before only if each pair of old and new part keeps the same number.
+    """
+    by_support: dict[bytes, list[tuple[np.ndarray, Any]]] = {}
+    for rows, s in partitions:
+        flat = np.sort(rows.ravel())
+        if flat[0] < 0 or (np.diff(flat) == 0).any():
+            continue
+        by_support.setdefault(flat.tobytes(), []).append((rows, s))
+    for found in by_support.values():
+        for (a, _), (b, s) in itertools.pairwise(found):
+            part = dict(zip(a.ravel().tolist(), np.repeat(np.arange(len(a)), a.shape[1]).tolist()))
+            cells: dict[tuple[int, int], list[int]] = {}
+            for j, row in enumerate(b.tolist()):
+                for atom in row:
+                    cells.setdefault((part[atom], j), []).append(atom)
+            yield tuple(np.array(cells[k]) for k in sorted(cells)), s
+
+
+def _statistics(ledger: Ledger, atoms, count: int) -> dict[int, Event]:
+    """For every atom under a statistic, the first such event."""
+    out: dict[int, Event] = {}
+    for event in ledger.statistics:
+        found = np.unique(atoms(event.labels))
+        if len(found) < 2:
+            continue  # one atom: it can't go alone
+        for a in found[found >= 0].tolist():
+            out.setdefault(a, event)
+    return out
+
+
+def _groups(axes, group_of_atom, names, constraints, statistics) -> tuple[Group, ...]:
+    members: list[list[Key]] = [[] for _ in names]
+    producers: list[list[Key]] = [[] for _ in names]
+    for key, axis in axes.items():
+        for g in np.unique(group_of_atom[axis.atoms]).tolist():
+            members[g].append(key)
+            if not axis.consumer:
+                producers[g].append(key)
+    touching: list[list[Constraint]] = [[] for _ in names]
+    for c in constraints:
+        for g in np.unique(group_of_atom[c.atoms]).tolist():
+            touching[g].append(c)
+    bounds = np.searchsorted(group_of_atom, np.arange(len(names) + 1))
+    out = []
+    for g, name in enumerate(names):
+        atoms = np.arange(bounds[g], bounds[g + 1])
+        event = next((statistics[a] for a in atoms.tolist() if a in statistics), None)
+        out.append(
+            Group(
+                name,
+                g,
+                atoms,
+                tuple(members[g]),
+                tuple(producers[g]) or tuple(members[g]),
+                tuple(touching[g]),
+                event.reason if event else None,
+                locate(event.info) if event else None,
+            )
+        )
+    return tuple(out)
+
+
+def _layers(ledger: Ledger, shapes, atoms) -> tuple[Layer, ...]:
+    calls: dict[tuple[str, str], int] = {}
+    sizes: dict[str, int] = {}
+    for path, shape in shapes.items():
+        if path in ledger.parameters:
+            parent = path.rpartition("/")[0] or path
+            sizes[parent] = sizes.get(parent, 0) + int(np.prod(shape))
+
+    def labels(val: Value | None, d: int | None) -> np.ndarray | None:
+        if val is None or d is None:
+            return None
+        c = val.comp_on(d)
+        if c is None or len(c.dims) > 1:
+            return None
+        return atoms(c.labels)
+
+    out = []
+    for a in ledger.layers:
+        fields = dict(a.fields)
+        if a.kind in ("batch_norm", "norm", "scale") and a.output is not None:
+            on = [c.dims[0] for c in a.output.comps if len(c.dims) == 1]
+            fields["out_axis"] = on[-1] if on else len(a.output_shape) - 1
+            fields["in_axis"] = fields["out_axis"] if a.input_shape == a.output_shape else None
+        call = calls.get((a.path, a.kind), 0)
+        calls[a.path, a.kind] = call + 1
+        out.append(
+            Layer(
+                a.path,
+                a.kind,
+                a.kernel,
+                tuple(shapes.get(a.kernel or "", a.kernel_shape)),
+                tuple(a.input_shape),
+                tuple(a.output_shape),
+                params=sizes.get(a.path, 0) if a.path else 0,
+                in_labels=labels(a.inputs, fields.get("in_axis")),
+                out_labels=labels(a.output, fields.get("out_axis")),
+                call=call,
+                source=locate(a.info),
+                **fields,
+            )
+        )
+    return tuple(out)

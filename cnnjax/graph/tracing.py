@@ -1,0 +1,160 @@
+"""Entry points: from a model, or a function of variables and inputs, to its graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from cnnjax.errors import did_you_mean
+from cnnjax.graph.ledger import Ledger
+from cnnjax.graph.solve import solve
+from cnnjax.graph.types import Graph, GraphError
+from cnnjax.graph.values import Value, opaque
+from cnnjax.graph.walk import constant_of, walk
+from cnnjax.tree import path_string
+
+PyTree = Any
+MODES = ("flexible", "tied", "whole")
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """Shapes and dtypes of a tree; what isn't an array stays as it is."""
+
+    def leaf(a: Any) -> Any:
+        if hasattr(a, "shape") and hasattr(a, "dtype"):
+            return jax.ShapeDtypeStruct(a.shape, a.dtype)
+        return a
+
+    return jax.tree.map(leaf, tree)
+
+
+def evaluation_mode(model: nnx.Module) -> nnx.Module:
+    """A view of an NNX module in evaluation mode; the module itself is left as it is."""
+    return nnx.view(model, deterministic=True, use_running_average=True, raise_if_not_found=False)
+
+
+def functional(model: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
+    """``(fn, variables)`` of an NNX module in evaluation mode: ``fn(variables, *inputs)``."""
+    graphdef, state = nnx.split(evaluation_mode(model))
+
+    def fn(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+        return nnx.merge(graphdef, variables, copy=True)(*inputs, **kwargs)
+
+    return fn, state
+
+
+def trace(
+    model: nnx.Module | Callable[..., Any],
+    *example_inputs: Any,
+    params: PyTree | None = None,
+    mode: str = "flexible",
+) -> Graph:
+    """Reads a network off its jaxpr: no weights are looked at and nothing is computed.
+
+    Args:
+      model: an NNX module (read in evaluation mode, left untouched; its leaves may be abstract),
+        or a function ``fn(params, *inputs)``, then ``params`` must be given.
+      *example_inputs: arrays or ``jax.ShapeDtypeStruct``s, or pytrees of them.
+      params: the variables of a function.
+      mode: grouped convolutions and split dims: ``"flexible"`` (each part keeps its own channels,
+        equally many), ``"tied"`` (the same positions in every part), ``"whole"`` (conv-groups go
+        as a whole).
+
+    Returns:
+      The `Graph`.
+
+    Raises:
+      TypeError: if ``model`` is neither, or no example is given.
+      GraphError: if the model can't be run on the example.
+    """
+    if isinstance(model, nnx.Module):
+        if params is not None:
+            raise TypeError("params is for functions; an NNX module carries its own variables")
+        fn, state = functional(model)
+        kinds = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        flags = [isinstance(v, nnx.Param) for v in kinds]
+        return _trace(fn, state, example_inputs, mode, flags)
+    if not callable(model):
+        raise TypeError(f"trace takes an NNX module or a function, not {type(model).__name__}")
+    if params is None:
+        raise TypeError("to trace a function fn(params, *inputs), give params=...")
+    return _trace(model, params, example_inputs, mode, None)
+
+
+def trace_fn(
+    apply_fn: Callable[..., Any], variables: PyTree, *example_inputs: Any, mode: str = "flexible"
+) -> Graph:
+    """`trace` of ``apply_fn(variables, *inputs)``: Linen's ``model.apply`` or any function.
+
+    For a Linen dict ``{"params": ..., "batch_stats": ...}`` the paths begin with the collection.
+    """
+    return _trace(apply_fn, variables, example_inputs, mode, None)
+
+
+def program(
+    fn: Callable[..., Any], variables: PyTree, inputs: tuple[Any, ...]
+) -> tuple[Any, list[str], Any]:
+    """The closed jaxpr of ``fn(variables, *inputs)`` and the path of every variable leaf.
+
+    Raises:
+      GraphError: if the function can't be traced on these inputs.
+    """
+    if not inputs:
+        raise TypeError("give at least one example input")
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract(variables))
+    paths = [path_string(k) for k, _ in leaves]
+    if len(set(paths)) != len(paths):
+        raise GraphError("two variables have the same path")
+
+    def flat(variables: list[Any], *inputs: Any) -> Any:
+        return fn(jax.tree.unflatten(treedef, variables), *inputs)
+
+    shown = ", ".join(str(getattr(a, "shape", a)) for a in jax.tree.leaves(inputs))
+    try:
+        closed = jax.make_jaxpr(flat)([leaf for _, leaf in leaves], *abstract(inputs))
+    except (TypeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
+        raise GraphError(f"the model can't run on inputs of shape {shown}: {error}") from error
+    return closed, paths, leaves
+
+
+def analyse(
+    fn: Callable[..., Any],
+    variables: PyTree,
+    inputs: tuple[Any, ...],
+    parameters: list[bool] | None = None,
+    *,
+    grouped: frozenset[str] = frozenset(),
+) -> tuple[Ledger, dict[str, tuple[int, ...]], dict[str, Any]]:
+    """Walks the program of ``fn(variables, *inputs)``: its ledger, shapes and dtypes by path.
+
+    ``grouped``: kernels to be read as grouped ones even where they've become plain or depthwise.
+    """
+    closed, paths, leaves = program(fn, variables, inputs)
+    if parameters is None:
+        parameters = [not p.startswith("batch_stats/") for p in paths]
+    ledger = Ledger(frozenset(p for p, yes in zip(paths, parameters) if yes), grouped)
+    args: list[Value] = []
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, Any] = {}
+    for path, (_, leaf) in zip(paths, leaves):
+        shapes[path], dtypes[path] = tuple(leaf.shape), leaf.dtype
+        args.append(ledger.variable(path, tuple(leaf.shape)))
+    for aval in closed.in_avals[len(paths) :]:
+        args.append(opaque(aval.shape, "the model's input", act=True))
+    outs = walk(ledger, closed.jaxpr, [constant_of(c) for c in closed.consts], args)
+    ledger.info = None
+    for out in outs:
+        ledger.fix_all(out, "the model's output")
+    return ledger, shapes, dtypes
+
+
+def _trace(fn, variables, inputs, mode: str, parameters: list[bool] | None) -> Graph:
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}.{did_you_mean(mode, MODES)}")
+    ledger, shapes, dtypes = analyse(fn, variables, inputs, parameters)
+    graph = solve(ledger, shapes, dtypes, mode)
+    return dataclasses.replace(graph, inputs=tuple(abstract(inputs)))
