@@ -36,7 +36,7 @@ def read(path: pathlib.Path) -> tuple[list[bytes], np.ndarray]:
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist")
     try:
-        with np.load(path, allow_pickle=False) as npz:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as npz:
             jpeg, offset, label = npz["jpeg"], npz["offset"], npz["label"]
     except (zipfile.BadZipFile, ValueError, EOFError, KeyError, OSError) as e:
         raise BadFileError(f"{path}: not a whole npz file with jpeg, offset and label ({e})") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 
@@ -32,19 +33,19 @@ class Augment:
         With it or with mixup a training batch has ``soft_label``, float32 ``(n, classes)``.
     """
 
-    size: int | tuple[int, int] | None = None
+    size: int | Sequence[int] | None = None
     pad: int = 0
     pad_mode: str = "constant"
     pad_value: int = 0
     flip: bool = False
-    random_resized_crop: tuple[float, float] | None = None
+    random_resized_crop: Sequence[float] | None = None
     resize: int | None = None
     brightness: float = 0.0
     contrast: float = 0.0
     saturation: float = 0.0
     lighting: float = 0.0
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    mean: Sequence[float] = ()
+    std: Sequence[float] = ()
     mixup: float = 0.0
     label_smoothing: float = 0.0
 

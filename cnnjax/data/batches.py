@@ -116,27 +116,38 @@ class Batches:
         return batch
 
     def _geometry(self, chosen: np.ndarray, u: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 ``(m, *size, channels)`` and labels ``(m,)`` of the chosen records."""
         spec, train = self.augment, self.train
-        resampled = spec.resize is not None or (train and spec.random_resized_crop is not None)
-        empty = np.empty((0, *self.size, self.channels), np.uint8)
-        if not len(chosen):
-            return empty, np.empty(0, np.int32)
-        if u is None:
-            u = np.zeros((len(chosen), transforms.COLUMNS))
-        u = u[: len(chosen)]
-        if self.images is not None and not resampled:
-            out = transforms.geometry(
-                self.images, chosen, u, spec, self.size, train=train, padded=self._padded
-            )
-            return out, self.labels[chosen]
+        if not len(chosen):  # a process whose whole share of the last batch is padding
+            return np.empty((0, *self.size, self.channels), np.uint8), np.empty(0, np.int32)
+        if u is not None:
+            u = u[: len(chosen)]
+        box = spec.random_resized_crop if train else None
         if self.images is not None:
-            pictures, labels = self.images[chosen], self.labels[chosen]
+            labels = self.labels[chosen]
+            if box is None and spec.resize is None:
+                return self._cut(self.images, chosen, u, padded=self._padded), labels
+            images = list(self.images[chosen])
         else:
             encoded, labels = self.records.encoded(chosen.tolist())
-            # a JPEG may be decoded at a fraction of its size as long as no crop gets enlarged
-            pictures = [decode_image(e, self.channels) for e in encoded]
-        done = [
-            transforms.one(p, row, spec, self.size, train=train)
-            for p, row in zip(pictures, u, strict=True)
-        ]
-        return np.stack(done), labels
+            images = [decode_image(e, self.channels) for e in encoded]
+        if box is not None:
+            assert u is not None  # only in training
+            images = [
+                transforms.resample(x, transforms.random_box(row, *x.shape[:2], box), self.size)
+                for x, row in zip(images, u, strict=True)
+            ]
+        elif spec.resize is not None:  # shorter sides are equal now, longer ones differ
+            small = [transforms.shrink(x, spec.resize) for x in images]
+            first = np.zeros(1, np.intp)
+            cut = [
+                self._cut(x[None], first, None if u is None else u[i : i + 1])
+                for i, x in enumerate(small)
+            ]
+            return np.concatenate(cut), labels
+        return self._cut(np.stack(images), np.arange(len(images)), u), labels
+
+    def _cut(self, images: Any, rows: Any, u: Any, *, padded: bool = False) -> np.ndarray:
+        return transforms.geometry(
+            images, rows, u, self.augment, self.size, train=self.train, padded=padded
+        )

@@ -58,6 +58,8 @@ class Loader(Iterator[dict[str, np.ndarray]]):
         if self._iterator is None:
             self._iterator = self._start()
         batch = next(self._iterator)
+        if self._processes is not None:  # out of the shared memory, which ends with the workers
+            batch = {k: np.array(v) for k, v in batch.items()}
         self._position += 1
         return batch
 

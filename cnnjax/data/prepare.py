@@ -137,7 +137,13 @@ def _folder_builder(name: str, folder: pathlib.Path, progress: bool) -> type[Any
             f"Images of the folder {folder.name}, one folder per class.",
             {"image": lib.features.Image(), "label": lib.features.ClassLabel(names=classes)},
         )
-    features = stock(data_dir=tempfile.gettempdir()).info.features
+    try:
+        features = stock(data_dir=tempfile.gettempdir()).info.features
+    except ImportError as e:
+        raise ValueError(
+            f"TFDS' {name!r} cannot be described without TensorFlow: give the folder of images a"
+            " name of its own"
+        ) from e
     texts = [k for k, f in features.items() if isinstance(f, lib.features.Text)]
     if set(features) != {"image", "label", *texts}:
         raise ValueError(

@@ -8,9 +8,11 @@ workers, and each operation can be checked by itself.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Float, Float32, Int, Shaped, UInt8
 
 from cnnjax.data.augment import Augment
 
@@ -29,13 +31,13 @@ _GREY = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def crop_flip(
-    padded: np.ndarray,
-    rows: np.ndarray,
-    top: np.ndarray,
-    left: np.ndarray,
-    flip: np.ndarray,
+    padded: Shaped[np.ndarray, "n height width c"],
+    rows: Int[np.ndarray, " b"],
+    top: Int[np.ndarray, " b"],
+    left: Int[np.ndarray, " b"],
+    flip: Bool[np.ndarray, " b"],
     size: tuple[int, int],
-) -> np.ndarray:
+) -> Shaped[np.ndarray, "b h w c"]:
     """Cuts one window out of each of some images, mirrored where asked.
 
     Args:
@@ -64,7 +66,9 @@ def crop_flip(
     return out.reshape(len(rows), h, w, channels)
 
 
-def pad_images(images: np.ndarray, augment: Augment) -> np.ndarray:
+def pad_images(
+    images: Shaped[np.ndarray, "n height width c"], augment: Augment
+) -> Shaped[np.ndarray, "n h w c"]:
     """Pads ``(n, height, width, channels)`` by ``augment.pad`` on every side."""
     if not augment.pad:
         return images
@@ -74,13 +78,13 @@ def pad_images(images: np.ndarray, augment: Augment) -> np.ndarray:
     return np.pad(images, widths, constant_values=augment.pad_value)
 
 
-def offsets(u: np.ndarray, room: int) -> np.ndarray:
+def offsets(u: Float[np.ndarray, " b"], room: int) -> Int[np.ndarray, " b"]:
     """Uniform integers in ``0..room`` from uniforms in [0, 1)."""
     return (u * (room + 1)).astype(np.intp)
 
 
 def random_box(
-    u: np.ndarray, height: int, width: int, area: tuple[float, float]
+    u: Float[np.ndarray, " columns"], height: int, width: int, area: Sequence[float]
 ) -> tuple[int, int, int, int]:
     """The window of a random resized crop.
 
@@ -119,49 +123,30 @@ def resample(
     return out.reshape(*size, channels)
 
 
-def short_side(height: int, width: int, target: int) -> tuple[int, int]:
-    """``(height, width)`` after scaling the shorter side to ``target``."""
-    scale = target / min(height, width)
-    return max(target, round(height * scale)), max(target, round(width * scale))
-
-
-def one(image: np.ndarray, u: np.ndarray, augment: Augment, size: Any, *, train: bool) -> Any:
-    """Geometry of a single image of any size, for images that do not share one shape.
-
-    Args:
-      image: uint8 ``(height, width, channels)``.
-      u: its row of the table of uniforms.
-      augment: what to do.
-      size: ``(height, width)`` of the output.
-      train: whether the random parts act.
-
-    Returns:
-      uint8 ``(*size, channels)``.
-    """
-    if train and augment.random_resized_crop is not None:
-        box = random_box(u, image.shape[0], image.shape[1], augment.random_resized_crop)
-        image = resample(image, box, size)
-    elif augment.resize is not None:
-        image = resample(image, None, short_side(image.shape[0], image.shape[1], augment.resize))
-    return geometry(image[None], np.zeros(1, np.intp), u[None], augment, size, train=train)[0]
+def shrink(image: np.ndarray, shorter: int) -> np.ndarray:
+    """Scales a uint8 image ``(h, w, c)`` so that its shorter side has so many pixels."""
+    height, width = image.shape[:2]
+    scale = shorter / min(height, width)
+    size = max(shorter, round(height * scale)), max(shorter, round(width * scale))
+    return image if size == (height, width) else resample(image, None, size)
 
 
 def geometry(
-    images: np.ndarray,
-    rows: np.ndarray,
-    u: np.ndarray,
+    images: UInt8[np.ndarray, "n height width c"],
+    rows: Int[np.ndarray, " b"],
+    u: Any,
     augment: Augment,
     size: Any,
     *,
     train: bool,
     padded: bool = False,
-) -> np.ndarray:
+) -> UInt8[np.ndarray, "b h w c"]:
     """Crop and flip of a batch of equally large images.
 
     Args:
       images: uint8 ``(n, height, width, channels)``.
       rows: int ``(b,)``, the images of this batch.
-      u: ``(b, COLUMNS)`` uniforms.
+      u: ``(b, COLUMNS)`` uniforms; not read in evaluation.
       augment: what to do; resizing is over already.
       size: ``(height, width)`` of the output.
       train: random crop and flip; otherwise the centre.
@@ -183,7 +168,9 @@ def geometry(
     return crop_flip(images, rows, top, left, flip, size)
 
 
-def pixels(images: np.ndarray, u: Any, augment: Augment, *, train: bool) -> np.ndarray:
+def pixels(
+    images: UInt8[np.ndarray, "b h w c"], u: Any, augment: Augment, *, train: bool
+) -> Float32[np.ndarray, "b h w c"]:
     """Colour jitter (training) and normalisation.
 
     Args:
@@ -236,7 +223,9 @@ def _jitter(x: np.ndarray, u: np.ndarray, augment: Augment) -> np.ndarray:
     return x
 
 
-def soft_labels(labels: np.ndarray, classes: int, smoothing: float) -> np.ndarray:
+def soft_labels(
+    labels: Int[np.ndarray, " n"], classes: int, smoothing: float
+) -> Float32[np.ndarray, "n classes"]:
     """One-hot rows with ``smoothing`` of the weight spread evenly over all classes.
 
     Returns:
@@ -247,7 +236,7 @@ def soft_labels(labels: np.ndarray, classes: int, smoothing: float) -> np.ndarra
     return out
 
 
-def mix(x: np.ndarray, weight: float) -> np.ndarray:
+def mix(x: Float32[np.ndarray, "n ..."], weight: float) -> Float32[np.ndarray, "n ..."]:
     """Mixes rows 0 and 1, 2 and 3, ...: ``weight * own + (1 - weight) * partner``.
 
     Args:
