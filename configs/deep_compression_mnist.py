@@ -1,0 +1,280 @@
+"""Deep Compression of LeNet-300-100 and LeNet-5 on MNIST, measured as the size of a file.
+
+Paper: Han, Mao, Dally, "Deep compression", ICLR 2016, arXiv 1510.00149: LeNet-300-100 1070 KB to
+27 KB (40x) at 1.64 -> 1.58 % error, LeNet-5 1720 KB to 44 KB (39x) at 0.80 -> 0.74 %.
+
+Command (CPU, 2 cores: about 3 minutes a seed for the first, 15 for the second)::
+
+    python scripts/prepare_data.py mnist --from DIR
+    python configs/deep_compression_mnist.py lenet_300_100 lenet_5_caffe --seeds 0 1 2
+
+The dense network is trained first; the same network is then pruned gradually by global magnitude
+while it trains on, its survivors are shared, the codebooks are tuned, everything is rounded to what
+the file stores, and the error is measured on the parameters *read back from the file*. The test set
+chooses nothing: the recipes were chosen with ``--validate`` on other seeds.
+
+Expected: at least 40x and 39x at no more than +0.1 point over the dense network; goal 60x. Results:
+``configs/results/deep_compression_mnist.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from cnnjax import coding, models, pruning, training
+from cnnjax import tree as treelib
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "deep_compression_mnist.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """One network's run; lengths are in epochs of 60,000 images, batches of ``batch``."""
+
+    model: str
+    dense_epochs: int
+    prune_epochs: int
+    settle_epochs: int
+    tune_epochs: int
+    sparsity: float
+    bits: tuple[tuple[str, int], ...]
+    paper_ratio: float
+    batch: int = 128
+    rate: float = 1e-3
+    tune_rate: float = 2e-4
+    decay: float = 0.0
+    distill: float = 0.0
+    temperature: float = 4.0
+
+
+RECIPES = {
+    "lenet_300_100": Recipe(
+        model="lenet_300_100",
+        dense_epochs=15,
+        prune_epochs=12,
+        settle_epochs=16,
+        tune_epochs=3,
+        sparsity=0.94,
+        bits=(("**", 3),),
+        paper_ratio=40,
+        distill=0.9,
+    ),
+    "lenet_5_caffe": Recipe(
+        model="lenet_5_caffe",
+        dense_epochs=8,
+        prune_epochs=5,
+        settle_epochs=6,
+        tune_epochs=1,
+        sparsity=0.97,
+        bits=(("conv*/**", 4), ("**", 3)),
+        paper_ratio=39,
+        distill=0.9,
+    ),
+}
+
+
+def batches(arrays: dict[str, np.ndarray], size: int, seed: int) -> Iterator[Any]:
+    """Endless shuffled batches, a new permutation per epoch; ``arrays`` may grow a key."""
+    rng = np.random.default_rng(seed)
+    while True:
+        order = rng.permutation(len(arrays["label"]))
+        for at in range(0, len(order) - size + 1, size):
+            pick = order[at : at + size]
+            yield {name: array[pick] for name, array in arrays.items()}
+
+
+def distilled(weight: float, temperature: float) -> Any:
+    """Cross-entropy, and Hinton's loss to the dense network's logits in ``batch["teacher"]``."""
+    plain = training.classification_loss()
+
+    def loss(model: Any, batch: Any, context: Any) -> Any:
+        logits = model(batch["image"])
+        hard, metrics = plain(lambda _: logits, batch, context)
+        target = jax.nn.softmax(batch["teacher"] / temperature)
+        soft = -jnp.sum(target * jax.nn.log_softmax(logits / temperature), axis=-1).mean()
+        return (1 - weight) * hard + weight * temperature**2 * soft, metrics
+
+    return loss
+
+
+def prepare(batch: Any, key: Any, train: bool) -> Any:
+    """uint8 images to [0, 1] on the device."""
+    del key, train
+    return {**batch, "image": batch["image"].astype(jnp.float32) / 255}
+
+
+def run(recipe: Recipe, seed: int, data: dict[str, Any], scale: float = 1.0) -> dict[str, Any]:
+    """One seed: dense error, pruned error, file size and error of the network in the file."""
+    began = time.monotonic()
+    arrays = dict(zip(("image", "label"), data["train"]))
+    per_epoch = len(arrays["label"]) // recipe.batch
+    call = 26 if per_epoch % 26 == 0 else 1
+
+    def length(epochs: float) -> int:
+        return max(call, int(epochs * scale * per_epoch) // call * call)
+
+    hooks = training.Hooks(prepare=prepare)
+    config = training.StepConfig(steps_per_call=call)
+    model = models.create(recipe.model, rngs=nnx.Rngs(seed))
+
+    def fit(network: Any, state: Any, optimizer: Any, steps: int, use: Any) -> Any:
+        step = training.make_train_step(network, optimizer, config=config, hooks=use)
+        fitted = training.FitConfig(steps, log_every=0, progress=False)
+        feed = batches(arrays, recipe.batch, seed)
+        return training.fit(step, state, feed, fitted).state
+
+    def error(params: Any) -> float:
+        found = np.argmax(predict(params, data["test"][0]), axis=-1)
+        return 100 * float(np.mean(found != data["test"][1]))
+
+    steps = length(recipe.dense_epochs)
+    optimizer = optax.adam(optax.cosine_decay_schedule(recipe.rate, steps))
+    network, state = training.create_state(model, optimizer, seed=seed)
+    stats = state.stats
+
+    @jax.jit
+    def logits(params: Any, x: Any) -> Any:
+        return network.model(params, stats)(x.astype(jnp.float32) / 255)
+
+    def predict(params: Any, x: np.ndarray) -> np.ndarray:
+        return np.concatenate([logits(params, x[i : i + 1000]) for i in range(0, len(x), 1000)])
+
+    stats = jax.tree.map(jnp.copy, stats)
+    state = fit(network, state, optimizer, steps, hooks)
+    dense = jax.tree.map(np.asarray, state.params)
+    out: dict[str, Any] = {"seed": seed, "dense_error": error(dense)}
+    if recipe.distill:
+        arrays["teacher"] = predict(dense, arrays["image"])
+        hooks = dataclasses.replace(hooks, loss=distilled(recipe.distill, recipe.temperature))
+
+    ramp, settle = length(recipe.prune_epochs), length(recipe.settle_epochs)
+    every = max(1, ramp // 100)
+    ramp = ramp // every * every
+    rate = optax.join_schedules(
+        [optax.constant_schedule(recipe.rate), optax.cosine_decay_schedule(recipe.rate, settle)],
+        [ramp],
+    )
+    optimizer = pruning.gradual(
+        optax.adamw(rate, weight_decay=recipe.decay),
+        final=recipe.sparsity,
+        begin=0,
+        end=ramp,
+        every=every,
+        include="**/kernel",
+    )
+    _, state = training.create_state(model, optimizer, seed=seed, params=dense)
+    state = fit(network, state, optimizer, (ramp + settle) // call * call, hooks)
+    pruned = jax.tree.map(np.asarray, state.params)
+    out |= {
+        "pruned_error": error(pruned),
+        "density": {
+            path: float(np.mean(leaf != 0))
+            for path, leaf in treelib.flatten(pruned).items()
+            if leaf.ndim > 1
+        },
+    }
+
+    def tune(coded: Any) -> Any:
+        out["shared_error_untuned"] = error(coding.expand(coded))
+        steps = length(recipe.tune_epochs)
+        optimizer = optax.adam(optax.cosine_decay_schedule(recipe.tune_rate, steps))
+        books = coding.codebooks(coded)
+        _, state = training.create_state(model, optimizer, seed=seed, params=books)
+        state = fit(network, state, optimizer, steps, coding.codebook_hooks(coded, hooks))
+        return coding.with_codebooks(coded, jax.tree.map(np.asarray, state.params))
+
+    options = coding.DeepCompression(
+        bits=recipe.bits, centroid_dtype="float16", other_dtype="float16"
+    )
+    blob = coding.compress(pruned, options, finetune=tune, metadata={"model": recipe.model})
+    out["file_error"] = error(coding.decompress(blob))
+    report = coding.report(blob)
+    print(report, flush=True)
+    out |= {
+        "file_bytes": len(blob),
+        "ratio": report.ratio,
+        "error_change": out["file_error"] - out["dense_error"],
+        "sizes": report.as_dict(),
+        "seconds": time.monotonic() - began,
+    }
+    return out
+
+
+def main() -> None:
+    """Runs the recipes and merges their results into the result file."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("models", nargs="+", choices=list(RECIPES))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--data_dir", help="TFDS folder with mnist prepared")
+    parser.add_argument("--scale", type=float, default=1.0, help="shortens every stage")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=JSON", help="try a recipe")
+    parser.add_argument(
+        "--validate",
+        action="store_true",
+        help="hold out the last 10,000 training images and measure on them; for choosing a recipe",
+    )
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args()
+    from cnnjax import data as datalib
+
+    data = {s: datalib.arrays("mnist", s, data_dir=args.data_dir) for s in ("train", "test")}
+    if args.validate:
+        images, labels = data["train"]
+        data = {"train": (images[:-10_000], labels[:-10_000])}
+        data["test"] = (images[-10_000:], labels[-10_000:])
+    for name in args.models:
+        recipe = RECIPES[name]
+        changes = dict(item.split("=", 1) for item in args.set)
+        recipe = dataclasses.replace(recipe, **{k: json.loads(v) for k, v in changes.items()})
+        runs = []
+        for seed in args.seeds:
+            runs.append(run(recipe, seed, data, args.scale))
+            last = {k: v for k, v in runs[-1].items() if k != "sizes"}
+            print(name, json.dumps(last), flush=True)
+        write(args.out, recipe, runs, args.scale)
+
+
+def write(path: pathlib.Path, recipe: Recipe, runs: list[dict[str, Any]], scale: float) -> None:
+    """Merges one network's runs into the JSON file, atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    old = json.loads(path.read_text()) if path.exists() else {}
+    old[recipe.model] = {
+        "data": "MNIST, 60,000 train and 10,000 test images",
+        "hardware": f"{jax.devices()[0].platform}, {os.cpu_count()} cores, {platform.machine()}",
+        "versions": {"jax": jax.__version__, "numpy": np.__version__},
+        "full": scale == 1.0,
+        "recipe": dataclasses.asdict(recipe),
+        "mean": {
+            key: float(np.mean([r[key] for r in runs]))
+            for key in ("dense_error", "pruned_error", "file_error", "error_change", "ratio")
+        },
+        "worst": {
+            "error_change": max(r["error_change"] for r in runs),
+            "ratio": min(r["ratio"] for r in runs),
+        },
+        "runs": runs,
+    }
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(old, indent=1) + "\n")
+    os.replace(temporary, path)
+
+
+if __name__ == "__main__":
+    main()
