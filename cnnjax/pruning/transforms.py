@@ -50,7 +50,7 @@ def masked(
     """
     optimizer = optax.with_extra_args_support(optimizer)
 
-    def init(params: PyTree) -> MaskedState:
+    def init(params: PyTree) -> Any:
         if mask is None:
             own = jax.tree.map(lambda w: (w != 0) | (w.ndim < 2), params)
         else:
@@ -59,7 +59,7 @@ def masked(
         return MaskedState(jnp.zeros((), jnp.int32), own, optimizer.init(params))
 
     def update(
-        updates: PyTree, state: MaskedState, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, MaskedState]:
         if params is None:
             raise ValueError("a masked optimizer needs update(grads, state, params)")
@@ -133,14 +133,14 @@ def gradual(
         table = [[masks.prune_count(s, n) for n in totals] for s in targets]
         return paths, tuple(pools), jnp.asarray(table, jnp.int32)
 
-    def init(params: PyTree) -> MaskedState:
+    def init(params: PyTree) -> Any:
         plan(params)
         return MaskedState(
             jnp.zeros((), jnp.int32), masks.full_mask(params), optimizer.init(params)
         )
 
     def update(
-        updates: PyTree, state: MaskedState, params: PyTree | None = None, **extra: Any
+        updates: PyTree, state: Any, params: PyTree | None = None, **extra: Any
     ) -> tuple[PyTree, MaskedState]:
         if params is None:
             raise ValueError("a gradually pruned optimizer needs update(grads, state, params)")

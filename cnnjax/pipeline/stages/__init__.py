@@ -1,0 +1,8 @@
+"""The stages; importing this registers them. One module a stage, one line here."""
+
+from __future__ import annotations
+
+from cnnjax.pipeline.stages.prune import Prune
+from cnnjax.pipeline.stages.train import Train
+
+__all__ = ["Prune", "Train"]

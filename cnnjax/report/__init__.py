@@ -1,0 +1,36 @@
+"""Reports: what a network costs, tables of a run, curves, result files.
+
+Counts are measured on the network at hand; nothing is typed in.
+"""
+
+from __future__ import annotations
+
+from cnnjax.report.cost import LayerCost, layer_costs, measure, sparse_bytes
+from cnnjax.report.environment import environment
+from cnnjax.report.plots import plot_curve
+from cnnjax.report.results import (
+    read_result,
+    result_record,
+    summarize,
+    update_header,
+    write_result,
+)
+from cnnjax.report.tables import markdown_table, results_table, run_table, text_table
+
+__all__ = [
+    "LayerCost",
+    "environment",
+    "layer_costs",
+    "markdown_table",
+    "measure",
+    "plot_curve",
+    "read_result",
+    "result_record",
+    "results_table",
+    "run_table",
+    "sparse_bytes",
+    "summarize",
+    "text_table",
+    "update_header",
+    "write_result",
+]

@@ -1,0 +1,138 @@
+"""Result files: JSON written by a run, and the figures that they put into a config's header."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from cnnjax.report.tables import human, spread
+
+BEGIN, END = "# [measured]", "# [/measured]"
+
+
+def summarize(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Mean, min and max over the seeds of every number of every stage, in the stages' order."""
+    out = []
+    for i, stage in enumerate(runs[0]["stages"]):
+        same = [run["stages"][i] for run in runs]
+        record: dict[str, Any] = {"name": stage["name"], "kind": stage["kind"]}
+        for key, value in stage.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                values = [float(s[key]) for s in same]
+                record[key] = {
+                    "mean": float(np.mean(values)),
+                    "min": min(values),
+                    "max": max(values),
+                }
+        out.append(record)
+    return out
+
+
+def result_record(
+    report: Mapping[str, Any],
+    *,
+    reduced: bool = False,
+) -> dict[str, Any]:
+    """What is kept of a run's report: model, data, seeds, hardware kind, figures per stage.
+
+    Args:
+      report: of `cnnjax.pipeline.run`.
+      reduced: whether the run was cut short against the config's own lengths.
+    """
+    return {
+        "name": report["name"],
+        "note": report.get("note", ""),
+        "model": report["model"],
+        "data": report["data"],
+        "test_images": report["test_images"],
+        "seeds": [run["seed"] for run in report["runs"]],
+        "reduced": reduced,
+        "stages": report["summary"],
+        "per_seed": [
+            {s["name"]: {"error": s["error"], "nonzeros": s["nonzeros"]} for s in run["stages"]}
+            | {"seed": run["seed"]}
+            for run in report["runs"]
+        ],
+        "expected": report["config"].get("expected", {}),
+        "environment": report["environment"],
+        "config": report["config"],
+    }
+
+
+def write_result(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Writes a result file by one rename; its folder is made."""
+    file = pathlib.Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
+    os.replace(temporary, file)
+
+
+def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+      ValueError: it is not one.
+    """
+    record = json.loads(pathlib.Path(path).read_text())
+    missing = {"name", "stages", "seeds", "reduced", "environment"} - set(record)
+    if missing:
+        raise ValueError(f"{path} is not a result file: it has no {', '.join(sorted(missing))}")
+    return record
+
+
+def header_lines(record: Mapping[str, Any]) -> list[str]:
+    """The measured figures as comment lines."""
+    env = record["environment"]
+    seeds = ", ".join(map(str, record["seeds"]))
+    extent = "reduced run" if record["reduced"] else "full run"
+    lines = [
+        f"# {extent}, seeds {seeds}; {env['cpu_cores']} CPU cores, {env['devices']} x "
+        f"{env['device']}, jax {env['jax']}"
+    ]
+    for s in record["stages"]:
+        published = record.get("expected", {}).get(s["name"], {})
+        text = f"# {s['name']}: error {spread(s['error'], scale=100)} %"
+        if "error" in published:
+            text += f" [{published.get('source', 'published')}: {100 * published['error']:.2f} %]"
+        text += f", {human(s['nonzeros']['mean'])} non-zeros, {s['compression']['mean']:.2f}x"
+        text += f", {s['seconds']['mean']:.0f} s a seed"
+        lines.append(text)
+    return lines
+
+
+def update_header(
+    config: str | os.PathLike[str], record: Mapping[str, Any], *, dry: bool = False
+) -> bool:
+    """Puts the figures of a result between the markers of a config file.
+
+    Args:
+      config: the file.
+      record: a result.
+      dry: change nothing.
+
+    Returns:
+      Whether the file changed, or would.
+
+    Raises:
+      ValueError: the file has no markers.
+    """
+    file = pathlib.Path(config)
+    text = file.read_text()
+    pattern = re.compile(rf"^{re.escape(BEGIN)}\n.*?^{re.escape(END)}$", re.S | re.M)
+    if not pattern.search(text):
+        raise ValueError(f"{config} has no lines {BEGIN!r} and {END!r} to write between")
+    block = "\n".join([BEGIN, *header_lines(record), END])
+    new = pattern.sub(lambda _: block, text, count=1)
+    if new == text or dry:
+        return new != text
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(new)
+    os.replace(temporary, file)
+    return True

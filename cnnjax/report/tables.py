@@ -1,0 +1,159 @@
+"""Tables for the terminal and in Markdown, made from results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Sequence[Any]
+
+
+def _cells(header: Row, rows: Sequence[Row]) -> list[list[str]]:
+    table = [[str(c) for c in row] for row in (header, *rows)]
+    for row in table:
+        if len(row) != len(header):
+            raise ValueError(f"a row has {len(row)} cells, the header {len(header)}: {row}")
+    return table
+
+
+def text_table(header: Row, rows: Sequence[Row]) -> str:
+    """Aligned columns for the terminal: the first to the left, numbers to the right.
+
+    Raises:
+      ValueError: a row of another length.
+    """
+    table = _cells(header, rows)
+    widths = [max(len(row[i]) for row in table) for i in range(len(header))]
+
+    def line(row: list[str]) -> str:
+        rest = "".join(f"  {cell:>{w}}" for cell, w in zip(row[1:], widths[1:]))
+        return f"{row[0]:<{widths[0]}}{rest}".rstrip()
+
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    return "\n".join([line(table[0]), rule, *map(line, table[1:])])
+
+
+def markdown_table(header: Row, rows: Sequence[Row]) -> str:
+    """A Markdown table; pipes in cells are escaped.
+
+    Raises:
+      ValueError: a row of another length.
+    """
+    table = [[c.replace("|", "\\|") for c in row] for row in _cells(header, rows)]
+    lines = ["| " + " | ".join(row) + " |" for row in table]
+    lines.insert(1, "| --- |" + " ---: |" * (len(header) - 1))
+    return "\n".join(lines)
+
+
+def human(count: float) -> str:
+    """A count with three or four significant digits: 266610 -> '266.6k'."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
+        if abs(count) >= size:
+            scale = 1e3 if unit == "k" else size
+            return (
+                f"{count / scale:.1f}{unit}"
+                if count / scale >= 100
+                else f"{count / scale:.2f}{unit}"
+            )
+    return f"{count:,.0f}"
+
+
+def spread(values: Mapping[str, float], digits: int = 2, scale: float = 1.0) -> str:
+    """``mean (min-max)`` of a summary; the mean alone if there is one value."""
+    mean = f"{scale * values['mean']:.{digits}f}"
+    if values["min"] == values["max"]:
+        return mean
+    return f"{mean} ({scale * values['min']:.{digits}f}-{scale * values['max']:.{digits}f})"
+
+
+def run_table(result: Mapping[str, Any]) -> str:
+    """A run's report for the terminal: one row per stage, means over the seeds."""
+    first = result["summary"][0]["params"]["mean"]
+    rows = []
+    for s in result["summary"]:
+        rows.append(
+            (
+                s["name"],
+                spread(s["accuracy"], scale=100),
+                human(s["params"]["mean"]),
+                human(s["nonzeros"]["mean"]),
+                f"{first / s['nonzeros']['mean']:.1f}x",
+                human(s["bytes"]["mean"]),
+                human(s["sparse_bytes"]["mean"]),
+                human(s["macs"]["mean"]),
+                human(s["effective_macs"]["mean"]),
+                f"{s['seconds']['mean']:.1f}",
+            )
+        )
+    header = (
+        "stage",
+        "accuracy %",
+        "params",
+        "non-zero",
+        "ratio",
+        "bytes",
+        "bytes CSR",
+        "MACs",
+        "non-zero MACs",
+        "seconds",
+    )
+    seeds = len(result["runs"])
+    title = f"{result['name']}: {result['model']} on {result['data']}"
+    title += f", {result['test_images']} test images" if result.get("test_images") else ""
+    title += f", mean (min-max) of {seeds} seeds" if seeds > 1 else ""
+    parts = [title, "", text_table(header, rows)]
+    curve = next((s["curve"] for s in result["runs"][0]["stages"] if s["curve"]), None)
+    if curve and all("sparsity" in p and "accuracy" in p for p in curve):
+        steps = [
+            (
+                f"{100 * p['sparsity']:.2f}",
+                f"{p['nonzeros']:,}",
+                f"{100 * p['accuracy_before_retraining']:.2f}"
+                if "accuracy_before_retraining" in p
+                else "",
+                f"{100 * p['accuracy']:.2f}",
+            )
+            for p in curve
+        ]
+        names = ("removed %", "non-zero", "accuracy % when cut", "after retraining")
+        seed = f" (seed {result['runs'][0]['seed']})" if seeds > 1 else ""
+        parts += ["", f"on the way{seed}", "", text_table(names, steps)]
+    return "\n".join(parts)
+
+
+def results_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown over result files: one row per stage, expected beside measured.
+
+    Args:
+      results: records of `cnnjax.report.result_record`; their ``expected`` maps a stage's name to
+        ``{"error": fraction, "compression": ratio, "source": text}`` (all optional).
+    """
+    rows = []
+    for result in results:
+        for s in result["stages"]:
+            expected = result.get("expected", {}).get(s["name"], {})
+            published = f"{100 * expected['error']:.2f}" if "error" in expected else ""
+            ratio = f"{expected['compression']:.0f}x" if "compression" in expected else ""
+            rows.append(
+                (
+                    f"{result['name']}: {s['name']}",
+                    spread(s["error"], scale=100),
+                    published,
+                    f"{s['compression']['mean']:.2f}x",
+                    ratio,
+                    f"{s['nonzeros']['mean']:,.0f}",
+                    len(result["seeds"]),
+                    "reduced" if result["reduced"] else "full",
+                )
+            )
+    header = (
+        "run",
+        "error % mean (min-max)",
+        "published",
+        "ratio",
+        "published",
+        "non-zeros",
+        "seeds",
+        "extent",
+    )
+    return markdown_table(header, rows)

@@ -1,0 +1,58 @@
+"""LeNet-300-100 (784-300-100-10, 266,610 parameters) on MNIST, pruned 12 times.
+
+    python scripts/run.py --config=configs/mnist_lenet_300_100.py --data_dir=DIR
+
+where ``scripts/prepare_data.py mnist --from FILES --data_dir DIR`` has written the images. After
+Han, Pool, Tran, Dally, "Learning both weights and connections for efficient neural networks", NIPS
+2015, arXiv 1506.02626, Table 1 (12x at 1.59 %, dense 1.64 %): the smallest weights of the whole
+network go in four cuts, and the others are retrained after each from where they are.
+
+What `scripts/update_results.py` found in ``configs/results/mnist_lenet_300_100.json``:
+"""
+
+# [measured]
+# [/measured]
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnjax import pipeline
+from cnnjax.pipeline.stages import Prune, Train
+from cnnjax.training import OptimizerConfig, ScheduleConfig
+
+
+def get_config() -> Any:
+    """See the module's docstring."""
+    recipe = pipeline.Recipe(
+        epochs=20.0,
+        optimizer=OptimizerConfig("adam", weight_decay=1e-4),
+        schedule=ScheduleConfig("cosine", base=1e-3),
+        eval_every=1.0,
+        checkpoint_every=5.0,
+    )
+    retrain = pipeline.Recipe(
+        epochs=5.0,
+        optimizer=OptimizerConfig("adam", weight_decay=1e-4),
+        schedule=ScheduleConfig("cosine", base=1e-3),
+        checkpoint_every=5.0,
+    )
+    return pipeline.config_dict(
+        "mnist_lenet_300_100",
+        model=pipeline.ModelSpec("lenet_300_100"),
+        data=pipeline.DataConfig("mnist", batch_size=128, eval_batch_size=1000),
+        # 21,801 of 266,200 weights and all 410 biases stay
+        stages={
+            "dense": Train(recipe),
+            "pruned": Prune(retrain, sparsity=0.9181, cuts=4, final_epochs=10.0),
+        },
+        seeds=(0, 1, 2),
+        expected={
+            "dense": {"error": 0.0164, "source": "Han et al. 2015, Table 1"},
+            "pruned": {
+                "error": 0.0159,
+                "compression": 12.0,
+                "source": "Han et al. 2015, Table 1",
+            },
+        },
+    )

@@ -1,0 +1,66 @@
+"""Writes the figures of result files into the headers of their configs, and a table of all.
+
+    python scripts/update_results.py            # configs/results/*.json -> configs/*.py, a table
+    python scripts/update_results.py --check    # exit 1 if something is out of date
+
+Nobody types figures: a run writes its result file (``scripts/run.py --result=...``), this writes
+what stands between the markers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+TITLE = """# Measured results
+
+Written by `scripts/update_results.py` from the JSON files beside it; each of those was written by
+`python scripts/run.py --config=configs/NAME.py --result=configs/results/NAME.json`.
+"Published" is what the paper named in the config reports.
+
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--configs", type=pathlib.Path, default=ROOT / "configs")
+    parser.add_argument("--check", action="store_true", help="change nothing, say what would")
+    flags = parser.parse_args(argv)
+    from cnnjax import report
+
+    stale = []
+    records = []
+    try:
+        for file in sorted((flags.configs / "results").glob("*.json")):
+            record = report.read_result(file)
+            records.append(record)
+            config = flags.configs / f"{file.stem}.py"
+            if not config.exists():
+                continue
+            if report.update_header(config, record, dry=flags.check):
+                stale.append(str(config))
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    page = flags.configs / "results" / "README.md"
+    text = TITLE + report.results_table(records) + "\n"
+    if records and (not page.exists() or page.read_text() != text):
+        stale.append(str(page))
+        if not flags.check:
+            temporary = page.with_name(page.name + ".tmp")
+            temporary.write_text(text)
+            os.replace(temporary, page)
+    for name in stale:
+        print(("out of date: " if flags.check else "updated: ") + name)
+    return int(flags.check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
