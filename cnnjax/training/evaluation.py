@@ -11,17 +11,20 @@ import numpy as np
 from flax import nnx
 
 from cnnjax.training.losses import label_rank, softmax_cross_entropy
-from cnnjax.training.state import Network, TrainState, averaged, derive_rngs, model_stats
-from cnnjax.training.step import Context, Hooks, StepConfig, cast_floats
+from cnnjax.training.state import (
+    Network,
+    TrainState,
+    averaged,
+    cast_floats,
+    derive_rngs,
+    model_stats,
+)
+from cnnjax.training.step import Context, Hooks, StepConfig
 from cnnjax.tree import flatten, map_with_path
 
 PyTree = Any
 _IN_FLIGHT = 4  # batches dispatched and not yet evaluated
 EvalStep = Callable[[TrainState, PyTree], dict[str, Any]]
-
-
-def _as_model(value: Any, dtype: str | None) -> Any:
-    return value if dtype is None else cast_floats(value, dtype)
 
 
 def make_eval_step(
@@ -55,10 +58,11 @@ def make_eval_step(
         if hooks.reparam is not None:
             context = Context(step=step, key=None, params=params, extra=extra, train=False)
             params = hooks.reparam(params, context)
-        params = _as_model(params, config.compute_dtype)
-        model = network.model(params, stats, train=False)
+        model = network.model(params, stats, train=False, dtype=config.compute_dtype)
+        if config.compute_dtype is not None:
+            batch = {**batch, "image": cast_floats(batch["image"], config.compute_dtype)}
         if predict is None:
-            logits = model(_as_model(batch["image"], config.compute_dtype))
+            logits = model(batch["image"])
         else:
             logits = predict(model, batch)
         labels = batch["label"]

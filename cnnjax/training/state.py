@@ -63,7 +63,13 @@ class Network:
     rngs: PyTree
 
     def model(
-        self, params: PyTree, stats: PyTree, *, key: Any = None, train: bool = False
+        self,
+        params: PyTree,
+        stats: PyTree,
+        *,
+        key: Any = None,
+        train: bool = False,
+        dtype: Any = None,
     ) -> nnx.Module:
         """The NNX module with these arrays; never shares variables with another merge.
 
@@ -72,11 +78,15 @@ class Network:
           stats: nested dict of the other arrays.
           key: base key of the random-number variables; fixed if None.
           train: mode.
+          dtype: to compute in: parameters are cast, statistics are not; None: as they are.
         """
         rngs = derive_rngs(self.rngs, jax.random.key(0) if key is None else key)
         graphdef = self.train if train else self.eval
         # copy=True: variables must be created at the trace level of the caller (inside grad)
-        return nnx.merge(graphdef, params, rngs, stats, copy=True)
+        if dtype is None:
+            return nnx.merge(graphdef, params, rngs, stats, copy=True)
+        model = nnx.merge(graphdef, cast_floats(params, dtype), rngs, stats, copy=True)
+        return set_compute_dtype(model, dtype)
 
 
 def derive_rngs(template: PyTree, key: Any) -> PyTree:
@@ -102,6 +112,25 @@ def set_mode(model: nnx.Module, *, train: bool) -> nnx.Module:
         model.eval()
     return nnx.view(
         model, deterministic=not train, use_running_average=not train, raise_if_not_found=False
+    )
+
+
+def set_compute_dtype(model: nnx.Module, dtype: Any) -> nnx.Module:
+    """Lets every layer without a dtype of its own compute in ``dtype``; changes the module.
+
+    Casting parameters and inputs is not enough: a normalization layer would promote its output to
+    the float32 of its running statistics.
+    """
+    for _, module in list(nnx.iter_graph(model)):
+        if isinstance(module, nnx.Module) and getattr(module, "dtype", 0) is None:
+            module.dtype = jnp.dtype(dtype)
+    return model
+
+
+def cast_floats(tree: PyTree, dtype: Any) -> PyTree:
+    """Casts the floating leaves of a tree; integers and keys stay."""
+    return jax.tree.map(
+        lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
     )
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 
 from cnnjax.training.losses import classification_loss
-from cnnjax.training.state import Network, TrainState, model_stats
+from cnnjax.training.state import Network, TrainState, cast_floats, model_stats
 
 PyTree = Any
 
@@ -123,13 +123,6 @@ class TrainStep:
         return self.fn(state, batch, self.constants)
 
 
-def cast_floats(tree: PyTree, dtype: Any) -> PyTree:
-    """Casts the floating leaves of a tree; integers and keys stay."""
-    return jax.tree.map(
-        lambda a: a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, tree
-    )
-
-
 def _remat(fn: Callable[..., Any], mode: str) -> Callable[..., Any]:
     if mode == "none":
         return fn
@@ -165,12 +158,11 @@ def make_loss(network: Network, config: StepConfig, hooks: Hooks) -> Callable[..
         if hooks.reparam is not None:
             own = hooks.reparam(params, dataclasses.replace(context, key=reparam_key))
         if config.compute_dtype is not None:
-            own = cast_floats(own, config.compute_dtype)
             batch = {
                 k: v if k in _NOT_CAST else cast_floats(v, config.compute_dtype)
                 for k, v in batch.items()
             }
-        model = network.model(own, stats, key=model_key, train=True)
+        model = network.model(own, stats, key=model_key, train=True, dtype=config.compute_dtype)
         loss, metrics = hooks.loss(model, batch, dataclasses.replace(context, key=loss_key))
         loss = loss.astype(jnp.float32)
         if hooks.penalty is not None:

@@ -73,7 +73,9 @@ class ArrayIterator:
     def __next__(self):
         epoch, i = divmod(self.index, self.per_epoch)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.data["label"]))
-        rows = order[i * self.batch : (i + 1) * self.batch][self.part :: self.parts]
+        rows = order[i * self.batch : (i + 1) * self.batch]
+        share = self.batch // self.parts  # this process's rows, in the order of the whole batch
+        rows = rows[self.part * share : (self.part + 1) * share]
         self.index += 1
         return {k: v[rows] for k, v in self.data.items()}
 
