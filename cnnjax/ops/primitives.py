@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from cnnjax.ops import choice, formulas
+from cnnjax.ops import choice, formulas, products
 from cnnjax.ops.geometry import ConvSpec
 
 Array = jax.Array
@@ -34,17 +34,17 @@ Array = jax.Array
 _FORWARD = {
     "native": formulas.native_forward,
     "shift": formulas.shift_forward,
-    "dot": formulas.dot_forward,
+    "dot": products.dot_forward,
 }
 _INPUT_GRAD = {
     "native": formulas.native_input_grad,
     "shift": formulas.shift_input_grad,
-    "dot": formulas.dot_input_grad,
+    "dot": products.dot_input_grad,
 }
 _KERNEL_GRAD = {
     "native": formulas.native_kernel_grad,
     "shift": formulas.shift_kernel_grad,
-    "dot": formulas.dot_kernel_grad,
+    "dot": products.dot_kernel_grad,
 }
 
 
