@@ -108,6 +108,11 @@ class _Check:
         self.ident = identities(ledger)
         self.label = np.full(int(self.ident.max()) + 1, UNKNOWN, np.int64)
         self.index: dict[Key, np.ndarray] = {}
+        none = [np.zeros(0, np.int64)]
+        a = np.concatenate([e.labels for e in ledger.ties] or none)
+        b = np.concatenate(ledger.tie_to or none)
+        use = (a != STAY) & (b != STAY)
+        self.tie_a, self.tie_b = self.ident[a[use]], self.ident[b[use]]
         top = max((int(a.max()) for a in graph.identity.values() if a.size), default=0)
         self.atom_of = np.full(top + 2, FIXED, np.int64)
         for key, ids in graph.identity.items():
@@ -141,7 +146,9 @@ class _Check:
             known = self.label[cls]
             unknown = known == UNKNOWN
             if unknown.all():
-                self.index[key] = kept
+                order = self.followed(key, cls, kept)
+                self.index[key] = kept = kept[order]
+                old = old[order]
                 self.label[cls] = old
                 bad = self.label[cls] != old
                 if bad.any():
@@ -160,6 +167,24 @@ class _Check:
             index[a] = kept[b]
             self.index[key] = index
             self.label[cls] = known
+
+    def followed(self, key: Key, cls: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """Order of a new axis: that of the channels that it is bound to (depthwise), else as is."""
+        same = np.arange(len(kept))
+        want = np.full(len(self.label), UNKNOWN, np.int64)
+        for a, b in ((self.tie_a, self.tie_b), (self.tie_b, self.tie_a)):
+            use = np.isin(a, cls) & (self.label[b] >= 0)
+            want[a[use]] = self.atom_of[self.label[b[use]]]
+        wanted = want[cls]
+        atoms = self.graph.axes[key].labels[kept]
+        if (wanted < 0).any() or np.array_equal(wanted, atoms):
+            return same
+        a, b = np.argsort(wanted, kind="stable"), np.argsort(atoms, kind="stable")
+        if (wanted[a] != atoms[b]).any():
+            return same
+        order = np.empty_like(same)
+        order[a] = b
+        return order
 
     def fill(self, key: Key, known: np.ndarray, old: np.ndarray) -> np.ndarray:
         """Positions not decided yet get the channels that are left, in order."""

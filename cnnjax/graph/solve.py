@@ -9,7 +9,7 @@ import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from cnnjax.graph.ledger import STAY, Event, Ledger, locate
+from cnnjax.graph.ledger import STAY, Event, Ledger, Split, locate
 from cnnjax.graph.types import FIXED, Axis, Constraint, Fixed, Graph, Group, Key, Layer
 from cnnjax.graph.values import Value
 
@@ -57,6 +57,30 @@ def _mode_ties(ledger: Ledger, mode: str) -> None:
             ledger.tie(s.labels, s.labels[:1], "same positions in every part")
 
 
+def _classes(ledger: Ledger) -> np.ndarray:
+    left = [e.labels for e in ledger.same] + [e.labels for e in ledger.ties]
+    return components(ledger.size, left, ledger.same_to + ledger.tie_to)
+
+
+def _stuck_shuffles(ledger: Ledger, classes: np.ndarray) -> None:
+    """Fixes channels that a shuffle spreads unevenly over the next parts.
+
+    A smaller width would send survivors to other parts than before, whichever they are.
+    """
+    partitions: list[tuple[np.ndarray, Any]] = [
+        (np.where(s.labels == STAY, -1, classes[s.labels]), s) for s in ledger.splits
+    ]
+    partitions += [
+        (np.where(g.inputs == STAY, -1, classes[g.inputs]), g) for g in ledger.grouped
+    ]
+    for cells, shape, (labels, info) in _products(partitions):
+        # a finer cut of the same parts, in order, has a single new part per old one
+        aligned = len(cells) == max(shape)
+        if len(cells) < shape[0] * shape[1] and not aligned:
+            ledger.info = info
+            ledger.fix(labels, "shuffled into parts that a smaller width would mix")
+
+
 def _fixed_nodes(ledger: Ledger) -> tuple[np.ndarray, list[Event]]:
     """For every node the index of the first reason why it stays (or a large number)."""
     events = list(ledger.fixes)
@@ -91,8 +115,8 @@ def solve(
             for labels in (g.inputs, g.outputs, g.kernel):
                 ledger.fix(labels, "a grouped kernel that is used in another way as well")
         table_keys[key] = g
-    left = [e.labels for e in ledger.same] + [e.labels for e in ledger.ties]
-    classes = components(ledger.size, left, ledger.same_to + ledger.tie_to)
+    classes = _classes(ledger)
+    _stuck_shuffles(ledger, classes)
     first, events = _fixed_nodes(ledger)
     count = int(classes.max()) + 1
     why = np.full(count, len(events), np.int64)
@@ -270,8 +294,8 @@ def _constraints(ledger: Ledger, atoms) -> tuple[Constraint, ...]:
                 locate(g.info),
             )
         )
-    for parts, s in _products(partitions):
-        add(Constraint("split", parts, "split again after a shuffle", source=locate(s.info)))
+    for parts, _, (_, info) in _products(partitions):
+        add(Constraint("split", tuple(parts), "split again after a shuffle", source=locate(info)))
     return tuple(out)
 
 
@@ -294,7 +318,8 @@ def _products(partitions):
             for j, row in enumerate(b.tolist()):
                 for atom in row:
                     cells.setdefault((part[atom], j), []).append(atom)
-            yield tuple(np.array(cells[k]) for k in sorted(cells)), s
+            labels = s.labels if isinstance(s, Split) else s.inputs
+            yield [np.array(cells[k]) for k in sorted(cells)], (len(a), len(b)), (labels, s.info)
 
 
 def _statistics(ledger: Ledger, atoms, count: int) -> dict[int, Event]:

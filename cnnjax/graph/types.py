@@ -116,10 +116,11 @@ class Axis:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Constraint:
-    """Parts that must keep equal numbers of positions: ``split`` and ``grouped``.
+    """Parts that must keep equal numbers of positions, unless nothing in them is removed.
 
     ``kind`` is ``"split"`` (chunks of one axis: every part keeps the same number) or ``"grouped"``
-    (conv-groups of one layer; a conv-group may also go entirely, see ``paired``).
+    (conv-groups of one layer; a conv-group may also go entirely, see ``paired``). Parts may differ
+    in size (a shuffle whose groups don't divide); then all atoms stay, or equal numbers do.
 
     Attributes:
       kind: ``"split"`` or ``"grouped"``.
@@ -155,6 +156,8 @@ class Constraint:
 
     def holds(self, alive: np.ndarray) -> bool:
         """Whether a decision satisfies the constraint."""
+        if np.asarray(alive, bool)[self.atoms].all():
+            return True
         n, m = self.counts(alive)
         if self.kind == "grouped":
             gone = n == 0
@@ -356,8 +359,7 @@ class Graph:
         if len(found) > 1:
             names = ", ".join(repr(g.name) for g in found)
             raise ValueError(f"{path!r} axis {axis} carries {len(found)} groups: {names}")
-        (group,) = found
-        return group
+        return next(iter(found))
 
     def layer(self, path: str, call: int = 0) -> Layer:
         """The layer at a module path.
