@@ -31,6 +31,7 @@ import numpy as np
 from flax import nnx
 
 from cnnjax.errors import did_you_mean
+from cnnjax.models import init
 
 _DTYPES = ("float32", "bfloat16", "float16", "float64")
 
@@ -211,6 +212,28 @@ def create(name: str, *, rngs: nnx.Rngs, **fields: Any) -> Any:
     return model
 
 
+class _StillStream(nnx.RngStream):
+    """Gives the same key each time, for abstract values.
+
+    A stream that counts stores its counter at each key, which under a trace takes Flax a time that
+    grows with everything traced so far: minutes for a deep network.
+    """
+
+    def __call__(self) -> Any:
+        return self.key[...]
+
+    def fork(self, *, split: Any = None) -> nnx.RngStream:
+        """An ordinary stream: what a layer keeps."""
+        del split
+        return nnx.RngStream(self(), tag=self.tag)
+
+
 def abstract(name: str, **fields: Any) -> Any:
     """The model with ``ShapeDtypeStruct`` leaves: structure and counts without FLOPs or memory."""
-    return nnx.eval_shape(lambda: create(name, rngs=nnx.Rngs(0), **fields))
+
+    def build() -> Any:
+        rngs = nnx.Rngs(0)
+        rngs.default = _StillStream(rngs.default.key[...], tag="default")
+        return create(name, rngs=rngs, **fields)
+
+    return nnx.eval_shape(build)

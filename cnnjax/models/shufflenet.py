@@ -126,7 +126,7 @@ class ShuffleUnit(nnx.Module):
 
 
 class ShuffleNetV1(blocks.Model):
-    """Stem, three stages. Features ``stem``, ``stage2`` ..., each unit as ``stage2/0``, ``pool``."""
+    """Stem, three stages. Features ``stem``, ``stage2`` ..., units as ``stage2/0``, ``pool``."""
 
     def __init__(self, config: ShuffleNetConfig, *, rngs: nnx.Rngs):
         self.config = config
