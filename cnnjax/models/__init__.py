@@ -21,9 +21,28 @@ from cnnjax.models.registry import (
 
 # the family modules (one a line, sorted); each registers its variants when first imported
 FAMILIES = (
+    "densenet",
+    "fractalnet",
+    "googlenet",
+    "highway",
+    "inception_resnet",
+    "inception_v2",
+    "inception_v3",
     "lenet",
+    "maxout_nin",
+    "mobilenet",
+    "multi_resnet",
+    "nin",
+    "plain",
+    "preact_resnet",
+    "resnet",
     "resnet_cifar",
+    "rir",
+    "ror",
+    "shufflenet",
     "vgg_cifar",
+    "wide_resnet",
+    "xception",
 )
 
 __all__ = [

@@ -38,6 +38,11 @@ class Taps:
             self._maps[name] = x
         return x
 
+    def wants(self, name: str) -> bool:
+        """Whether a map must be computed for its own sake; notes that the name exists."""
+        self._seen.append(name)
+        return self._all or name in self._wanted
+
     def result(self, logits: Any) -> Any:
         """Logits alone, or ``(logits, {name: map})`` when features were asked for."""
         for name in self._wanted:

@@ -236,4 +236,5 @@ def abstract(name: str, **fields: Any) -> Any:
         rngs.default = _StillStream(rngs.default.key[...], tag="default")
         return create(name, rngs=rngs, **fields)
 
-    return nnx.eval_shape(build)
+    with init.without_draws():
+        return nnx.eval_shape(build)

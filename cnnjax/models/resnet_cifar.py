@@ -1,8 +1,12 @@
-"""CIFAR ResNets: He et al., "Deep residual learning for image recognition", CVPR 2016, 1512.03385.
+"""CIFAR ResNets and stochastic depth.
 
-Depth 6n + 2: a 3x3 stem of 16 channels, three stages of n basic blocks with 16, 32 and 64
-channels, global average pool, dense. Shortcut A (the paper's) subsamples and appends zero
-channels; B is a 1x1 convolution with batch normalisation.
+He, Zhang, Ren, Sun, "Deep residual learning for image recognition", CVPR 2016, 1512.03385: depth
+6n + 2, a 3x3 stem of 16 channels, three stages of n basic blocks with 16, 32 and 64 channels,
+global average pool, dense. Shortcut A (the paper's) subsamples and appends zero channels; B is a
+1x1 convolution with batch normalisation.
+
+Huang et al., "Deep networks with stochastic depth", ECCV 2016, 1603.09382: the same networks whose
+residual branches are dropped at random in training.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from cnnjax.models import blocks, residual
+from cnnjax.models import blocks, depth, residual
 from cnnjax.models.registry import ModelConfig, check_choice, check_positive, register
 
 
@@ -24,8 +28,12 @@ class ResNetCifarConfig(ModelConfig):
     Attributes:
       blocks_per_stage: n; the depth is 6n + 2.
       widths: channels of the stages.
-      shortcut: ``"A"`` (parameter-free) or ``"B"`` (projection).
+      shortcut: ``"A"`` (parameter-free), ``"A_pool"`` (with an average pool), ``"B"`` (projection).
       zero_channels: where shortcut A puts its zero channels, ``"end"`` or ``"both"`` sides.
+      survival: stochastic depth's survival probability of the last block, 1 for none.
+      survival_decay: ``"linear"`` or ``"uniform"`` over the blocks.
+      scan: run each stage's equal blocks by ``lax.scan`` with stacked parameters: deep networks
+        compile as fast as shallow ones.
     """
 
     num_classes: int = 10
@@ -33,14 +41,20 @@ class ResNetCifarConfig(ModelConfig):
     widths: tuple[int, ...] = (16, 32, 64)
     shortcut: str = "A"
     zero_channels: str = "end"
+    survival: float = 1.0
+    survival_decay: str = "linear"
+    scan: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_positive(self, "blocks_per_stage")
-        check_choice(self, "shortcut", ("A", "B"))
+        check_choice(self, "shortcut", ("A", "A_pool", "B"))
         check_choice(self, "zero_channels", ("end", "both"))
+        check_choice(self, "survival_decay", ("linear", "uniform"))
         if not self.widths:
             raise ValueError("widths must hold at least one number")
+        if not 0.0 < self.survival <= 1.0:
+            raise ValueError(f"survival must be in (0, 1], got {self.survival!r}")
 
 
 class ResNetCifar(blocks.Model):
@@ -50,44 +64,68 @@ class ResNetCifar(blocks.Model):
         self.config = config
         self.min_size = 2 ** (len(config.widths) - 1)
         dtype = config.dtype
-        width = config.widths[0]
-        self.conv1 = blocks.conv(config.in_channels, width, 3, dtype=dtype, rngs=rngs)
-        self.bn1 = blocks.batch_norm(width, dtype=dtype, rngs=rngs)
-        channels = width
+        n = config.blocks_per_stage
+        channels = config.widths[0]
+        self.conv1 = blocks.conv(config.in_channels, channels, 3, dtype=dtype, rngs=rngs)
+        self.bn1 = blocks.batch_norm(channels, dtype=dtype, rngs=rngs)
         for i, width in enumerate(config.widths):
-            stage = []
-            for j in range(config.blocks_per_stage):
-                stride = 2 if i and not j else 1
-                stage.append(
-                    residual.BasicBlock(
-                        channels,
-                        width,
-                        stride,
-                        shortcut=config.shortcut,
-                        zeros=config.zero_channels,
-                        dtype=dtype,
-                        rngs=rngs,
-                    )
+
+            def make(
+                j: int, rngs: nnx.Rngs, *, i: int = i, w: int = width, c: int = channels
+            ) -> Any:
+                return residual.BasicBlock(
+                    w if j else c,
+                    w,
+                    1 if j or not i else 2,
+                    shortcut=config.shortcut,
+                    zeros=config.zero_channels,
+                    dtype=dtype,
+                    rngs=rngs,
                 )
-                channels = width
-            setattr(self, f"layer{i + 1}", nnx.List(stage))
+
+            setattr(self, f"layer{i + 1}", depth.make_stage(make, n, rngs=rngs, scan=config.scan))
+            channels = width
         self.fc = blocks.linear(channels, config.num_classes, dtype=dtype, rngs=rngs)
+        if config.survival < 1:
+            self.depth = depth.RandomDepth(
+                n * len(config.widths), config.survival, decay=config.survival_decay, rngs=rngs
+            )
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
+        n = self.config.blocks_per_stage
+        gates = self.depth() if self.config.survival < 1 else None
         x = taps("stem", jax.nn.relu(self.bn1(self.conv1(x))))
         for i in range(len(self.config.widths)):
-            for j, block in enumerate(getattr(self, f"layer{i + 1}")):
-                x = taps(f"layer{i + 1}/{j}", blocks.run(block, x, remat=self.config.remat))
-            taps(f"layer{i + 1}", x)
+            x = depth.run_stage(
+                getattr(self, f"layer{i + 1}"),
+                x,
+                taps,
+                f"layer{i + 1}",
+                gates=None if gates is None else gates[i * n : (i + 1) * n],
+                remat=self.config.remat,
+            )
         x = taps("pool", blocks.global_avg_pool(x))
         return self.fc(x)
 
 
-for _depth in (20, 32, 44, 56, 110):
+_SHAPE = (32, 32, 3)
+for _depth in (20, 32, 44, 56, 110, 1202):
     register(
         f"resnet{_depth}_cifar",
         ResNetCifar,
-        ResNetCifarConfig(blocks_per_stage=(_depth - 2) // 6),
-        input_shape=(32, 32, 3),
+        ResNetCifarConfig(blocks_per_stage=(_depth - 2) // 6, scan=_depth > 200),
+        input_shape=_SHAPE,
+    )
+for _depth in (110, 152, 1202):
+    register(
+        f"stochastic_depth_{_depth}",
+        ResNetCifar,
+        ResNetCifarConfig(
+            blocks_per_stage=(_depth - 2) // 6,
+            shortcut="A_pool",
+            survival=0.5,
+            scan=_depth > 200,
+        ),
+        input_shape=_SHAPE,
     )
