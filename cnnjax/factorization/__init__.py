@@ -27,6 +27,13 @@ from cnnjax.factorization.matrix import (
     tail_norm,
     weighted_svd,
 )
+from cnnjax.factorization.ranks import allocate_ranks, break_even_rank, pca_energy_ranks
+from cnnjax.factorization.response import (
+    LowRankMap,
+    nonlinear_response_low_rank,
+    response_factors,
+    response_low_rank,
+)
 from cnnjax.factorization.spatial import (
     compose_scheme1,
     compose_spatial,
@@ -40,14 +47,19 @@ from cnnjax.factorization.tucker import (
     tucker2,
     tucker_hooi,
 )
+from cnnjax.factorization.vbmf import VBMFRank, evbmf_rank, tucker2_ranks
 
 __all__ = [
     "CPInfo",
     "Chain",
     "ConvSpec",
+    "LowRankMap",
     "Tucker2Factors",
+    "VBMFRank",
+    "allocate_ranks",
     "basis_chain",
     "best_of",
+    "break_even_rank",
     "chain_apply",
     "compose_cp",
     "compose_scheme1",
@@ -64,9 +76,14 @@ __all__ = [
     "dual_basis_chain",
     "dual_filter_basis",
     "energy_rank",
+    "evbmf_rank",
     "filter_basis",
     "jaderberg_scheme1",
     "join_groups",
+    "nonlinear_response_low_rank",
+    "pca_energy_ranks",
+    "response_factors",
+    "response_low_rank",
     "scheme1_chain",
     "spatial_chain",
     "spatial_mix_chain",
@@ -76,6 +93,7 @@ __all__ = [
     "tail_norm",
     "tucker2",
     "tucker2_chain",
+    "tucker2_ranks",
     "tucker_hooi",
     "weighted_svd",
 ]

@@ -176,7 +176,7 @@ def split_groups(kernel: Float[AnyArray, "kh kw ig o"], groups: int) -> Float[Ar
     return jnp.moveaxis(blocks, 3, 0)
 
 
-def join_groups(blocks: Float[AnyArray, g *shape]) -> Float[Array, ...]:
+def join_groups(blocks: Float[AnyArray, g * shape]) -> Float[Array, ...]:
     """The inverse of `split_groups` for arrays whose last axis is the output: group-major."""
     moved = jnp.moveaxis(jnp.asarray(blocks), 0, -2)
     return moved.reshape(*moved.shape[:-2], -1)
