@@ -1,0 +1,176 @@
+"""Pools: which channels can go, step by step, without breaking a constraint.
+
+A *pool* is a set of atoms that compete with each other. Without constraints it is a channel group
+and one step removes one atom. Under constraints (conv-groups or split parts that must keep equal
+numbers) the atoms fall into *cells*, the intersections of all parts, and a step removes from every
+cell in proportion to its size: cells of 4, 2, 2, 4 lose 2, 1, 1, 2 atoms at a time. Then the parts
+stay equal whatever the scores, and each cell loses its own worst atoms. Where the sizes have no
+common divisor (a channel shuffle of 20 channels over 3 groups makes cells of 7, 7 and 6), the first
+step evens them out.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+from cnnjax.graph import Constraint, Graph
+
+# the first step of a pool may cost at most this share of its channels in evening out its cells
+_MOST_LOST = 0.2
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pool:
+    """Atoms that are selected together.
+
+    Attributes:
+      name: of the first group in it.
+      groups: the channel groups that it holds, by index in ``graph.groups``.
+      cells: the atoms of each cell.
+      kept: int array (steps + 1, cells): how many atoms of each cell stay after so many steps; the
+        first row is the cells' sizes, the last one zero.
+      statistic: why its channels are not independent of each other, or None.
+    """
+
+    name: str
+    groups: tuple[int, ...]
+    cells: tuple[np.ndarray, ...]
+    kept: np.ndarray
+    statistic: str | None = None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps; the last one empties every cell."""
+        return len(self.kept) - 1
+
+    @property
+    def size(self) -> int:
+        """Number of atoms."""
+        return int(self.kept[0].sum())
+
+    @property
+    def gone(self) -> np.ndarray:
+        """How many atoms are gone after 0, 1, ... steps."""
+        return self.size - self.kept.sum(axis=1)
+
+    def order(self, score: np.ndarray) -> np.ndarray:
+        """The atoms in the order in which they go; the first ``gone[n]`` of them in n steps.
+
+        Args:
+          score: of every atom of the graph; the lowest go first, ties by atom number.
+        """
+        atoms, step = [], []
+        for i, cell in enumerate(self.cells):
+            atoms.append(cell[np.lexsort((cell, score[cell]))])
+            step.append(np.repeat(np.arange(self.steps), -np.diff(self.kept[:, i])))
+        return np.concatenate(atoms)[np.argsort(np.concatenate(step), kind="stable")]
+
+
+def pools(graph: Graph) -> tuple[Pool, ...]:
+    """The pools of a graph, in program order; groups that constraints tie together share one.
+
+    Atoms whose constraints admit no step but "all or nothing" are in no pool.
+    """
+    families = [f for c in graph.constraints for f in _families(c)]
+    group_of = np.full(graph.num_atoms, -1, np.int64)
+    for group in graph.groups:
+        group_of[group.atoms] = group.index
+    touched = [np.unique(np.concatenate(f)) for f in families]
+    touched = [t[t >= 0] for t in touched]
+    component = _components(
+        len(graph.groups), [np.unique(group_of[atoms]) for atoms in touched if len(atoms)]
+    )
+    out: list[Pool] = []
+    for label in range(int(component.max()) + 1 if len(component) else 0):
+        groups = np.flatnonzero(component == label)
+        mine = [f for f, t in zip(families, touched) if len(t) and group_of[t[0]] in groups]
+        atoms = np.concatenate([graph.groups[g].atoms for g in groups])
+        cells, rows = _cells(atoms, group_of[atoms], mine, graph.num_atoms)
+        out += _blocks(graph, group_of, cells, rows)
+    return tuple(sorted(out, key=lambda p: (p.groups, p.cells[0][0])))
+
+
+def _families(c: Constraint) -> list[tuple[np.ndarray, ...]]:
+    """Sets of parts that need equal counts; none where whole conv-groups go."""
+    out = []
+    for parts in (c.parts, c.paired):
+        if not len(parts):
+            continue
+        distinct = [np.unique(p[p >= 0]) for p in parts]
+        alone = all(len(d) <= 1 for d in distinct)
+        if c.kind == "grouped" and alone and len(np.unique(np.concatenate(distinct))) > 1:
+            continue  # each conv-group is one atom: it goes, or stays, as a whole
+        out.append(tuple(parts))
+    return out
+
+
+def _components(count: int, joined: Sequence[np.ndarray]) -> np.ndarray:
+    """Labels of things 0..count-1 of which each array joins some."""
+    a = [int(x) for items in joined for x in [items[0]] * (len(items) - 1)]
+    b = [int(x) for items in joined for x in items[1:]]
+    matrix = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(count, count))
+    return connected_components(matrix, directed=False)[1]
+
+
+def _cells(
+    atoms: np.ndarray, groups: np.ndarray, families: list, num_atoms: int
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Cells, and for each family the matrix (parts - 1, cells) of what must balance.
+
+    A row is how much more often a part holds an atom of each cell than the first part does; a
+    decision is allowed if it sums to zero over what goes.
+    """
+    position = np.full(num_atoms + 1, len(atoms), np.int64)
+    position[atoms] = np.arange(len(atoms))
+    held = []
+    for parts in families:
+        counts = np.zeros((len(parts), len(atoms) + 1), np.int64)
+        for i, part in enumerate(parts):
+            np.add.at(counts[i], position[part], 1)  # FIXED is -1: the spare last column
+        held.append(counts[:, :-1])
+    table = np.concatenate([groups[None], *held]) if held else groups[None]
+    _, first, which = np.unique(table, axis=1, return_index=True, return_inverse=True)
+    cells = [atoms[which.ravel() == i] for i in range(len(first))]
+    return cells, [(counts[1:] - counts[:1])[:, first] for counts in held]
+
+
+def _blocks(
+    graph: Graph, group_of: np.ndarray, cells: list[np.ndarray], rows: list[np.ndarray]
+) -> list[Pool]:
+    """One pool for each set of cells that must balance with each other."""
+    joined = [np.flatnonzero(r.any(axis=0)) for r in rows]
+    block = _components(len(cells), [j for j in joined if len(j)])
+    balance = np.concatenate(rows) if rows else np.zeros((0, len(cells)), np.int64)
+    out = []
+    for label in range(int(block.max()) + 1):
+        mine = np.flatnonzero(block == label)
+        kept = _schedule(np.array([len(cells[i]) for i in mine]), balance[:, mine])
+        if kept is None:
+            continue
+        groups = sorted({int(group_of[cells[i][0]]) for i in mine})
+        statistic = next((s for g in groups if (s := graph.groups[g].statistic)), None)
+        name = graph.groups[groups[0]].name
+        out.append(Pool(name, tuple(groups), tuple(cells[i] for i in mine), kept, statistic))
+    return out
+
+
+def _schedule(sizes: np.ndarray, balance: np.ndarray) -> np.ndarray | None:
+    """How many of each cell stay after 0, 1, ... steps, or None if only all or nothing balances."""
+    least = int(sizes.min())
+    for levels in range(least, 0, -1):
+        weight = sizes // levels
+        lost = int((sizes - levels * weight).sum())
+        exact = lost == 0
+        if levels == 1 and not exact:
+            continue
+        if lost <= _MOST_LOST * sizes.sum() and not (balance @ weight).any():
+            kept = np.arange(levels, -1, -1)[:, None] * weight
+            if not exact:
+                kept = np.concatenate([sizes[None], kept])
+            return kept if len(kept) > 2 or len(sizes) == 1 else None
+    return None

@@ -1,0 +1,260 @@
+"""Shrinking: apply a decision to a model, or to any tree that goes with it, and prove the result.
+
+Two proofs. The *label check* traces the shrunk program and demands that the same channels meet as
+in the original; it also says in which order the program needs them (a channel shuffle interleaves
+by rank among the survivors). The *numeric check* runs the shrunk network and the gated original,
+where the removed channels are multiplied by zero, on random numbers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from cnnjax import surgery
+from cnnjax.graph import Graph, label_check
+from cnnjax.pruning.keep import Keep, check_keep
+from cnnjax.pruning.proof import prove_equal
+from cnnjax.tree import flatten, map_with_path
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Cut:
+    """How a decision cuts each variable, after the label check.
+
+    Attributes:
+      index: ``{path: {axis: positions}}`` of the axes that change, in the order that the shrunk
+        program needs; a 2-d array gives the positions for each conv-group.
+      outputs: for a variable with such an array: the axis that the conv-groups partition.
+      static: attributes of modules that the shapes don't tell.
+    """
+
+    index: Mapping[str, Mapping[int, np.ndarray]]
+    outputs: Mapping[str, int]
+    static: Mapping[str, Mapping[str, Any]]
+
+    def __call__(self, path: str, leaf: Any) -> Any:
+        """The cut of one array of a variable's shape; works on abstract and traced arrays."""
+        axes = self.index.get(path)
+        if not axes:
+            return leaf
+        tables = {d: rows for d, rows in axes.items() if rows.ndim == 2}
+        if not tables:
+            return surgery.take(leaf, axes)
+        ((d, rows),) = tables.items()
+        return _take_grouped(leaf, axes, d, rows, self.outputs[path])
+
+
+def _take_grouped(
+    leaf: Any, axes: Mapping[int, np.ndarray], d: int, rows: np.ndarray, outs: int
+) -> Any:
+    plain = {e: i for e, i in axes.items() if e != d}
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return surgery.take(leaf, {**plain, d: rows[0]})
+    leaf = surgery.take(leaf, plain)
+    # position (i, o) of the new kernel is (rows[group of o, i], o) of the old one
+    group = np.arange(leaf.shape[outs]) // (leaf.shape[outs] // len(rows))
+    index = rows[group].T if d < outs else rows[group]
+    shape = [1] * len(leaf.shape)
+    shape[d], shape[outs] = rows.shape[1], leaf.shape[outs]
+    where = index.reshape(shape)
+    if isinstance(leaf, jax.Array):
+        return jax.numpy.take_along_axis(leaf, jax.numpy.asarray(where), axis=d)
+    return np.take_along_axis(leaf, where, axis=d)
+
+
+def cut(model: nnx.Module, graph: Graph, keep: Keep | np.ndarray) -> Cut:
+    """The cut of a decision, proved by the label check.
+
+    Args:
+      model: the original; its leaves may be abstract.
+      graph: of the model.
+      keep: the decision.
+
+    Returns:
+      The `Cut`, for several trees at once: ``shrink_tree(opt_state, graph, keep, cut=...)``.
+
+    Raises:
+      ValueError: if the decision can't be applied, or a layer type is unknown to surgery.
+      cnnjax.graph.LabelError: if the shrunk program would join other channels.
+    """
+    alive = _alive(keep)
+    check_keep(graph, alive)
+    found = {path: tuple(leaf.shape) for path, leaf in surgery.leaves(model).items()}
+    if found != dict(graph.shapes):
+        wrong = [p for p in {**found, **graph.shapes} if found.get(p) != graph.shapes.get(p)]
+        raise ValueError(
+            f"the graph was traced from another model: {wrong[0]!r} has shape "
+            f"{found.get(wrong[0])} here and {graph.shapes.get(wrong[0])} in the graph"
+        )
+    static = _static(model, graph, alive)
+    blank = surgery.abstract(model)
+    shapes = {}
+    for path, shape in graph.shapes.items():
+        new = tuple(graph.axes[path, d].kept(alive).shape[-1] for d in range(len(shape)))
+        if new != shape:
+            shapes[path] = jax.ShapeDtypeStruct(new, graph.dtypes[path])
+    order = label_check(surgery.rebuild(blank, shapes, static=static), graph, alive)
+    index: dict[str, dict[int, np.ndarray]] = {}
+    outputs: dict[str, int] = {}
+    for path, shape in graph.shapes.items():
+        for d, n in enumerate(shape):
+            positions = np.asarray(order[path, d])
+            if positions.ndim == 2 and (positions == positions[0]).all():
+                positions = positions[0]
+            if positions.ndim == 2:
+                on = graph.axes[path, d].table_axis
+                outputs[path] = len(shape) - 1 if on is None else on
+            elif np.array_equal(positions, np.arange(n)):
+                continue
+            index.setdefault(path, {})[d] = positions
+    return Cut(index, outputs, static)
+
+
+def _alive(keep: Keep | np.ndarray) -> np.ndarray:
+    return np.asarray(keep.alive if isinstance(keep, Keep) else keep, bool)
+
+
+def _static(model: nnx.Module, graph: Graph, alive: np.ndarray) -> dict[str, dict[str, Any]]:
+    """The conv-group counts that remain."""
+    out: dict[str, dict[str, Any]] = {}
+    modules = surgery.modules(model)
+    for c in graph.constraints:
+        if c.kind != "grouped" or c.path is None:
+            continue
+        left = int((c.counts(alive)[0] > 0).sum())
+        owner = modules.get(c.path)
+        if left != len(c.parts) and hasattr(owner, "feature_group_count"):
+            out[c.path] = {"feature_group_count": left}
+    return out
+
+
+def shrink(
+    model: nnx.Module,
+    graph: Graph,
+    keep: Keep | np.ndarray,
+    *,
+    check: bool | None = None,
+    inputs: tuple[Any, ...] | None = None,
+    seed: int = 0,
+) -> Any:
+    """A new, smaller model without the channels that the decision removes.
+
+    Args:
+      model: the NNX module that ``graph`` was traced from; untouched. Abstract leaves give an
+        abstract result.
+      graph: from `cnnjax.graph.trace`.
+      keep: from `select_channels`.
+      check: whether to run the numeric check "shrunk equals gated" to 1e-5 relative; the label
+        check always runs. None (the default) runs it unless a statistic over channels is involved
+        (then removing a channel changes what the others compute, and gating doesn't), or leaves
+        are abstract. True where it doesn't apply is an error; False skips it.
+      inputs: example inputs (arrays or shapes) for the numeric check, e.g. smaller images; those of
+        ``graph`` by default.
+      seed: of the random numbers of the numeric check.
+
+    Returns:
+      The shrunk module, of the same class, with an edit ``"rebuild"`` on its record.
+
+    Raises:
+      ValueError: if the decision can't be applied; if a layer type is unknown to surgery; if
+        ``check=True`` doesn't apply.
+      cnnjax.graph.LabelError: if the shrunk program would join other channels.
+      ProofError: if the numbers differ.
+    """
+    alive = _alive(keep)
+    how = cut(model, graph, alive)
+    old = surgery.leaves(model)
+    small = surgery.rebuild(
+        model, {p: how(p, old[p]) for p in how.index}, static=how.static, why="shrink"
+    )
+    abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in old.values())
+    statistic = next((g for g in graph.groups if g.statistic and not alive[g.atoms].all()), None)
+    if check and abstract:
+        raise ValueError("check=True needs a model with numbers; its leaves are abstract")
+    if check and statistic is not None:
+        raise ValueError(
+            f"check=True can't hold: the channels of {statistic.name!r} are under a statistic "
+            f"({statistic.statistic}), which changes when channels go"
+        )
+    if check is not False and not abstract and statistic is None and not alive.all():
+        prove_equal(model, graph, alive, how, small, inputs=inputs, seed=seed)
+    return small
+
+
+def shrink_tree(
+    tree: PyTree,
+    graph: Graph,
+    keep: Keep | np.ndarray,
+    *,
+    model: nnx.Module | None = None,
+    cut: Cut | None = None,
+) -> PyTree:
+    """Cuts every array of a tree that belongs to a variable: optimizer state, averages, masks.
+
+    A leaf belongs to the variable whose path its own path ends with: ``"0/mu/conv1/kernel"`` to
+    ``"conv1/kernel"``. Other leaves (counts, learning rates) stay as they are.
+
+    Args:
+      tree: any tree with the model's paths somewhere inside.
+      graph: of the model.
+      keep: the decision.
+      model: the original model (abstract is enough); or
+      cut: what `cut` gave, to cut several trees.
+
+    Raises:
+      ValueError: if neither or both of ``model`` and ``cut`` are given; if no leaf belongs to a
+        variable; if one does but has another shape (a factored second moment, for example).
+    """
+    if (model is None) == (cut is None):
+        raise ValueError("give the original model= or a cut=")
+    how = _cut(model, graph, keep) if model is not None else cut
+    assert how is not None
+    met = 0
+
+    def one(path: str, leaf: Any) -> Any:
+        nonlocal met
+        if not hasattr(leaf, "shape"):
+            return leaf
+        owner = _owner(path, graph.shapes)
+        if owner is None:
+            return leaf
+        if tuple(leaf.shape) != graph.shapes[owner]:
+            if not owner.count("/") or leaf.shape == ():
+                return leaf
+            raise ValueError(
+                f"{path} has shape {tuple(leaf.shape)}, its variable {owner!r} has "
+                f"{graph.shapes[owner]}; it can't be cut like it. Make this part of the tree anew"
+            )
+        met += 1
+        return how(owner, leaf)
+
+    out = map_with_path(one, tree)
+    if not met:
+        raise ValueError(
+            f"no leaf of the tree belongs to a variable of the model; it has {_some(flatten(tree))}"
+            f", the model {_some(graph.shapes)}"
+        )
+    return out
+
+
+_cut = cut  # `shrink_tree` has an argument of this name
+
+
+def _owner(path: str, shapes: Mapping[str, Any]) -> str | None:
+    parts = path.split("/")
+    for i in range(len(parts)):
+        if (tail := "/".join(parts[i:])) in shapes:
+            return tail
+    return None
+
+
+def _some(paths: Mapping[str, Any]) -> str:
+    return ", ".join(repr(p) for p in list(paths)[:3]) or "none"
