@@ -51,9 +51,8 @@ def label_check(
         fn, variables = functional(model)
     else:
         fn, variables = model, params
-    grouped = frozenset(path for path, _ in graph.tables)
     try:
-        ledger, shapes, _ = analyse(fn, variables, tuple(inputs), grouped=grouped)
+        ledger, shapes, _ = analyse(fn, variables, tuple(inputs), original=graph)
     except GraphError as error:
         raise LabelError(
             f"the shrunk network doesn't run: {error.__cause__ or error}{_where(error)}"

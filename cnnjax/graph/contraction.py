@@ -102,7 +102,8 @@ def convolution(
     f, ki, ko = lhs[1], rhs[1], rhs[0]
     kernel, outs = _single(ledger, kernel, ko, reason)
     per_group = kernel.shape[ki]
-    if groups == 1 and name not in ledger.always_grouped:
+    once = name in ledger.always_grouped or name in ledger.always_depthwise
+    if groups == 1 and not once:
         x, kernel = _contract(ledger, x, f, kernel, ki, reason)
         if kernel.comp_on(ki) is not None:
             _consume(ledger, kernel.comp_on(ki).labels)  # type: ignore[union-attr]

@@ -88,9 +88,14 @@ class Ledger:
     and `tie` (they are different channels that can only go together).
     """
 
-    def __init__(self, parameters: frozenset[str], grouped: frozenset[str] = frozenset()) -> None:
+    def __init__(self, parameters: frozenset[str]) -> None:
         self.size = 1
-        self.always_grouped = grouped  # kernels that were grouped before they shrank
+        self.always_grouped: frozenset[str] = (
+            frozenset()
+        )  # grouped kernels, of the original
+        self.always_depthwise: frozenset[str] = frozenset()
+        self.hints: list[Any] = []  # of the original's reshapes, in order
+        self.notes: list[Any] = []  # the same of this walk
         self.starts: dict[tuple[str, int], int] = {}
         self.lengths: dict[tuple[str, int], int] = {}
         self.parameters = parameters
@@ -186,6 +191,17 @@ class Ledger:
         if key not in self._seen:
             self._seen.add(key)
             self.splits.append(Split(labels, reason, self.info, reshape))
+
+    def hint(self, ranks: tuple[int, int]) -> dict[tuple[int, ...], tuple[int, ...]]:
+        """Dims that the original's labels had after this reshape: lengths of 1 are ambiguous."""
+        k = len(self.notes)
+        if k < len(self.hints) and self.hints[k][0] == ranks:
+            return self.hints[k][1]
+        return {}
+
+    def note(self, ranks: tuple[int, int], dims: dict[tuple[int, ...], tuple[int, ...]]) -> None:
+        """Remembers a reshape for a later check of the shrunk program."""
+        self.notes.append((ranks, dims))
 
     # -- layers -------------------------------------------------------------------------------
 

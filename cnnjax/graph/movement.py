@@ -116,11 +116,12 @@ def reshape(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) ->
         if any(val.distinct[d] for d in left):
             for e in right:
                 distinct[e] = shape[e] > 1
+    hints = ledger.hint((len(val.shape), len(shape)))
     comps: list[Comp] = []
     for c in val.comps:
-        new = _reshape_comp(ledger, c, val, shape, parts)
-        if new is not None:
-            comps.append(new)
+        new = _reshape_comp(ledger, c, val, shape, parts, hints.get(c.dims, ()))
+        comps.append(new)
+    ledger.note((len(val.shape), len(shape)), {c.dims: n.dims for c, n in zip(val.comps, comps)})
     out = val.like(shape=shape, comps=(), distinct=tuple(distinct))
     out.comps = tuple(_disjoint(ledger, comps))
     return out
@@ -144,8 +145,13 @@ def _disjoint(ledger: Ledger, comps: list[Comp]) -> list[Comp]:
 
 
 def _reshape_comp(
-    ledger: Ledger, c: Comp, val: Value, shape: tuple[int, ...], parts: list[Any]
-) -> Comp | None:
+    ledger: Ledger,
+    c: Comp,
+    val: Value,
+    shape: tuple[int, ...],
+    parts: list[Any],
+    wanted: tuple[int, ...],
+) -> Comp:
     touched = [(left, right) for left, right in parts if set(left) & set(c.dims)]
     # a joint component one of whose dims melts into other distinct dims: that dim stays
     if len(c.dims) > 1:
@@ -155,7 +161,7 @@ def _reshape_comp(
             if alien and len(mine) < len(c.dims):
                 tied = ledger.tie_dims(c, tuple(mine), "channels folded into space")
                 assert tied is not None
-                return _reshape_comp(ledger, tied, val, shape, parts)
+                return _reshape_comp(ledger, tied, val, shape, parts, wanted)
     if all(
         len([d for d in left if d in c.dims]) == len(left) == 1 and len(right) == 1
         for left, right in touched
@@ -166,7 +172,7 @@ def _reshape_comp(
     index = tuple(slice(None) if d in c.dims else None for d in before)
     full = np.broadcast_to(c.labels[index], [val.shape[d] for d in before])
     full = full.reshape([shape[e] for e in after])
-    new = minimise(tuple(after), full, c.zero)
+    new = minimise(tuple(after), full, c.zero, wanted)
     for left, right in touched:
         cut = [e for e in new.dims if e in right]
         if len(cut) > 1 and len(cut) > len([d for d in left if d in c.dims]):
@@ -232,7 +238,7 @@ def slice_(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> 
 def split(ledger: Ledger, params: dict[str, Any], vals: list[Value], shapes) -> list[Value]:
     """``jnp.split``: several slices of one dim."""
     out, start = [], 0
-    for size in params["sizes"]:
+    for size in map(int, params["sizes"]):
         out.append(slice_dim(ledger, vals[0], params["axis"], start, start + size, 1))
         start += size
     return out

@@ -70,9 +70,7 @@ def _stuck_shuffles(ledger: Ledger, classes: np.ndarray) -> None:
     partitions: list[tuple[np.ndarray, Any]] = [
         (np.where(s.labels == STAY, -1, classes[s.labels]), s) for s in ledger.splits
     ]
-    partitions += [
-        (np.where(g.inputs == STAY, -1, classes[g.inputs]), g) for g in ledger.grouped
-    ]
+    partitions += [(np.where(g.inputs == STAY, -1, classes[g.inputs]), g) for g in ledger.grouped]
     for cells, shape, (labels, info) in _products(partitions):
         # a finer cut of the same parts, in order, has a single new part per old one
         aligned = len(cells) == max(shape)
@@ -191,6 +189,7 @@ def solve(
         identity={k: ident[s : s + ledger.lengths[k]] for k, s in starts},
         tables={k: np.where(g.inputs == STAY, -1, ident[g.inputs]) for k, g in table_keys.items()},
         literals=tuple(ledger.literals),
+        notes=tuple(ledger.notes),
     )
 
 

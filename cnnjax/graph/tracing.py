@@ -127,16 +127,26 @@ def analyse(
     inputs: tuple[Any, ...],
     parameters: list[bool] | None = None,
     *,
-    grouped: frozenset[str] = frozenset(),
+    original: Graph | None = None,
 ) -> tuple[Ledger, dict[str, tuple[int, ...]], dict[str, Any]]:
     """Walks the program of ``fn(variables, *inputs)``: its ledger, shapes and dtypes by path.
 
-    ``grouped``: kernels to be read as grouped ones even where they've become plain or depthwise.
+    ``original``: the graph of the network that this one was shrunk from: grouped kernels are read
+    as such even where one group is left, and dims of length 1 as what they were.
     """
     closed, paths, leaves = program(fn, variables, inputs)
     if parameters is None:
         parameters = [not p.startswith("batch_stats/") for p in paths]
-    ledger = Ledger(frozenset(p for p, yes in zip(paths, parameters) if yes), grouped)
+    ledger = Ledger(frozenset(p for p, yes in zip(paths, parameters) if yes))
+    if original is not None:
+        tables = frozenset(path for path, _ in original.tables)
+        ledger.always_grouped = tables
+        ledger.always_depthwise = frozenset(
+            layer.kernel
+            for layer in original.layers
+            if layer.groups > 1 and layer.kernel is not None and layer.kernel not in tables
+        )
+        ledger.hints = list(original.notes)
     args: list[Value] = []
     shapes: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, Any] = {}

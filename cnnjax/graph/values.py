@@ -100,12 +100,16 @@ def common(vals: list[Value]) -> dict[str, Any]:
     }
 
 
-def minimise(dims: tuple[int, ...], labels: np.ndarray, zero: bool) -> Comp:
-    """Drops dims along which the labels don't change (length-1 dims unless nothing would stay)."""
+def minimise(
+    dims: tuple[int, ...], labels: np.ndarray, zero: bool, wanted: tuple[int, ...] = ()
+) -> Comp:
+    """Drops dims along which the labels don't change, unless they are wanted or nothing is left."""
     sizes = labels.shape
     whole, keep = labels, []
     for k, size in enumerate(sizes):
-        if size > 1:
+        if dims[k] in wanted:
+            keep.append(k)
+        elif size > 1:
             if bool(np.all(labels == np.take(labels, [0], axis=k))):
                 labels = np.take(labels, [0], axis=k)
             else:
