@@ -74,7 +74,9 @@ class StepConfig:
     Attributes:
       accumulate: microbatches per step, run one after another; gradients are averaged.
       steps_per_call: steps in one call of the jitted function (`jax.lax.scan`); batches come
-        stacked on a leading axis. Pays where dispatch costs more than the step (tiny networks).
+        stacked on a leading axis. Pays where dispatch costs more than the step (tiny dense
+        networks: benchmarks/train_step.py); never for convolutions on a CPU, whose fast form XLA
+        does not use inside a loop.
       compute_dtype: e.g. ``"bfloat16"``: parameters and images are cast for the forward and
         backward pass; parameters, statistics and optimizer stay float32. None: no cast.
       remat: ``"none"``; ``"convs"`` keeps the outputs of convolutions and matrix products and
@@ -199,8 +201,12 @@ def _gradients(
         return (stats, total), jax.tree.map(lambda m: m * weight, metrics)
 
     zeros = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, state.params))
+    # XLA on a CPU has no fast convolutions inside a loop (measured: 8 times slower)
     (stats, (loss, grads)), metrics = jax.lax.scan(
-        body, (state.stats, zeros), (micro, share, jnp.arange(n))
+        body,
+        (state.stats, zeros),
+        (micro, share, jnp.arange(n)),
+        unroll=jax.default_backend() == "cpu",
     )
     return loss, stats, jax.tree.map(lambda m: jnp.sum(m, axis=0), metrics), grads
 
