@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--out", help="default: benchmarks/results/input_pipeline_DATASET.json")
     args = parser.parse_args()
+    load = os.getloadavg()[0]
     described = data.info(args.dataset, args.data_dir)
     channels = described.image_shape[-1]
     augment = data.Augment(pad=2, flip=True, mean=(0.5,) * channels, std=(0.25,) * channels)
@@ -168,6 +169,7 @@ def main() -> None:
         "device": jax.devices()[0].device_kind,
         "cpu_cores": os.cpu_count(),
         "machine": platform.machine(),
+        "load_average_before": round(load, 1),  # above the cores: others were busy here
         "jax": jax.__version__,
         "pipeline_images_per_second": {k: round(v, 1) for k, v in alone.items()},
         "step_images_per_second": round(step["step"], 1),

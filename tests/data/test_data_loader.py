@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
@@ -130,6 +132,20 @@ def test_workers_do_not_change_the_stream(make, options):
     with_workers = make(**options)
     same(take(make(), 25), take(with_workers, 25))
     with_workers.close()
+
+
+def test_close_ends_the_workers(make):
+    before = threading.active_count()
+    it = make(workers=2)
+    take(it, 2)
+    assert threading.active_count() > before
+    it.close()
+    limit = time.time() + 20
+    while threading.active_count() > before and time.time() < limit:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    same(take(it, 1), take(make(), 3)[2:])  # the position stays
+    it.close()
 
 
 def test_memory_and_records_give_the_same_stream(make):
