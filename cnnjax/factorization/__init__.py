@@ -17,8 +17,21 @@ from cnnjax.factorization.chain import (
     split_groups,
     tucker2_chain,
 )
+from cnnjax.factorization.circulant import circulant_learn, circulant_reconfigure
 from cnnjax.factorization.cp import CPInfo, best_of, compose_cp, cp_als, cp_tpm
 from cnnjax.factorization.cp_nls import cp_nls
+from cnnjax.factorization.denil import (
+    PredictedLinear,
+    prediction_dictionary,
+    smoothness_gate,
+    squared_exponential,
+)
+from cnnjax.factorization.denton import (
+    balanced_kmeans,
+    bicluster,
+    monochromatic_conv,
+    unbicluster,
+)
 from cnnjax.factorization.matrix import (
     dual_filter_basis,
     energy_rank,
@@ -40,6 +53,18 @@ from cnnjax.factorization.spatial import (
     jaderberg_scheme1,
     spatial_svd,
 )
+from cnnjax.factorization.tensor_train import (
+    compose_tensor_train,
+    compose_tt_conv,
+    tensor_train,
+    tt_conv_cores,
+)
+from cnnjax.factorization.transforms import (
+    dct_matrix,
+    haar_matrix,
+    learn_separable_filters,
+    separable_transform_chain,
+)
 from cnnjax.factorization.tucker import (
     Tucker2Factors,
     compose_tucker,
@@ -54,16 +79,23 @@ __all__ = [
     "Chain",
     "ConvSpec",
     "LowRankMap",
+    "PredictedLinear",
     "Tucker2Factors",
     "VBMFRank",
     "allocate_ranks",
+    "balanced_kmeans",
     "basis_chain",
     "best_of",
+    "bicluster",
     "break_even_rank",
     "chain_apply",
+    "circulant_learn",
+    "circulant_reconfigure",
     "compose_cp",
     "compose_scheme1",
     "compose_spatial",
+    "compose_tensor_train",
+    "compose_tt_conv",
     "compose_tucker",
     "compose_tucker2",
     "conv_cost",
@@ -73,27 +105,38 @@ __all__ = [
     "cp_als",
     "cp_nls",
     "cp_tpm",
+    "dct_matrix",
     "dual_basis_chain",
     "dual_filter_basis",
     "energy_rank",
     "evbmf_rank",
     "filter_basis",
+    "haar_matrix",
     "jaderberg_scheme1",
     "join_groups",
+    "learn_separable_filters",
+    "monochromatic_conv",
     "nonlinear_response_low_rank",
     "pca_energy_ranks",
+    "prediction_dictionary",
     "response_factors",
     "response_low_rank",
     "scheme1_chain",
+    "separable_transform_chain",
+    "smoothness_gate",
     "spatial_chain",
     "spatial_mix_chain",
     "spatial_svd",
     "split_groups",
+    "squared_exponential",
     "svd_dense",
     "tail_norm",
+    "tensor_train",
+    "tt_conv_cores",
     "tucker2",
     "tucker2_chain",
     "tucker2_ranks",
     "tucker_hooi",
+    "unbicluster",
     "weighted_svd",
 ]

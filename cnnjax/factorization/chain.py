@@ -103,9 +103,9 @@ class Chain:
       bias: (o,) or None.
     """
 
-    kernels: tuple[Array, ...]
+    kernels: tuple[AnyArray, ...]
     specs: tuple[ConvSpec, ...]
-    bias: Array | None = None
+    bias: AnyArray | None = None
 
     @property
     def params(self) -> int:
