@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 import scipy.optimize
 from jaxtyping import Float
 
@@ -38,9 +37,9 @@ def _phi(z: float) -> float:
 
 def threshold_tau(alpha: float) -> float:
     """The root t of ``Phi(t) + Phi(t / alpha) = 0``, ``Phi(z) = log(1 + z)/z - 1/2``."""
-    return scipy.optimize.brentq(
-        lambda t: _phi(t) + _phi(t / alpha), 1e-8 * math.sqrt(alpha), 100.0, xtol=1e-14
-    )
+    low = 1e-8 * math.sqrt(alpha)
+    root = scipy.optimize.brentq(lambda t: _phi(t) + _phi(t / alpha), low, 100.0, xtol=1e-14)
+    return float(np.asarray(root))
 
 
 def _free_energy(
@@ -95,7 +94,7 @@ def evbmf_rank(
     if y.shape[0] > y.shape[1]:
         y = y.T
     rows, columns = y.shape
-    s = scipy.linalg.svdvals(y)
+    s = np.linalg.svd(y, compute_uv=False)
     squares = s**2
     if squares.sum() == 0:
         return VBMFRank(0, 0.0, np.zeros(0), False)
