@@ -40,6 +40,7 @@ from cnnjax.coding.deep_compression import (
     compress,
     decompress,
     finetune_codebooks,
+    round_tables,
 )
 from cnnjax.coding.sharing import (
     fake_quantize_tree,
@@ -87,6 +88,7 @@ __all__ = [
     "relative_index",
     "report",
     "round_leaves",
+    "round_tables",
     "save",
     "share",
     "share_tensor",

@@ -59,8 +59,8 @@ def _bits_nonzero(flat: np.ndarray) -> np.ndarray:
     """True where the stored bits are not all zero, so that -0.0 counts as an element."""
     if flat.dtype.kind in "f" and flat.itemsize in (2, 4, 8):
         return flat.view(f"u{flat.itemsize}") != 0
-    raw = np.ascontiguousarray(flat).view(np.uint8).reshape(flat.shape + (-1,))
-    return raw.any(axis=-1) if flat.size else np.zeros(flat.shape, bool)
+    raw = np.frombuffer(np.ascontiguousarray(flat).tobytes(), np.uint8)
+    return raw.reshape((*flat.shape, flat.itemsize)).any(axis=-1)
 
 
 def encode(matrix: Any, *, order: Order = "row") -> Compressed:

@@ -167,47 +167,35 @@ def _write_codes(
     out.raw(streams.encode(values, alphabet, method=method))
 
 
-def _read_gaps(
-    reader: Reader, size: int, parts: Parts, alphabet: int, layout: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Gaps, then codes of the same number."""
-    parts.layout = LAYOUTS[layout]
-    parts.gap_bits = reader.varint(limit=_MAX_GAP_BITS, what="a gap width")
-    before = reader.left
-    symbols, first = streams.decode(reader, 1 << parts.gap_bits, limit=size)
-    parts.gaps_bytes = before - reader.left
-    before = reader.left
-    values, second = streams.decode(reader, alphabet, limit=size)
-    parts.codes_bytes = before - reader.left
-    if len(values) != len(symbols):
-        raise FormatError(f"{len(symbols)} gaps for {len(values)} values")
-    parts.methods = (first, second)
-    return symbols.astype(np.int64) + 1, values
-
-
 def _read_codes(
     reader: Reader, shape: tuple[int, ...], alphabet: int, dtype: Any, parts: Parts
 ) -> np.ndarray:
     size = math.prod(shape)
     layout = reader.varint(limit=_COLUMNS, what="a layout")
-    parts.codes = alphabet - 1
-    if layout == _DENSE:
+    parts.layout = LAYOUTS[layout]
+    gaps = None
+    if layout != _DENSE:
+        parts.gap_bits = reader.varint(limit=_MAX_GAP_BITS, what="a gap width")
         before = reader.left
-        flat, method = streams.decode(reader, alphabet, limit=size)
-        if len(flat) != size:
-            raise FormatError(f"{len(flat)} codes for a tensor of {size}")
-        parts.codes_bytes = before - reader.left
-        parts.methods = (method,)
-        parts.entries = size
-    else:
-        gaps, values = _read_gaps(reader, size, parts, alphabet, layout)
-        parts.entries = len(values)
+        gaps, method = streams.decode(reader, 1 << parts.gap_bits, limit=size)
+        parts.gaps_bytes = before - reader.left
+        parts.methods += (method,)
+    before = reader.left
+    values, method = streams.decode(reader, alphabet, limit=size)
+    parts.codes_bytes = before - reader.left
+    parts.methods += (method,)
+    parts.entries = len(values)
+    if len(values) != (size if gaps is None else len(gaps)):
+        raise FormatError(f"{len(values)} codes for a tensor of {size}, layout {parts.layout}")
+    flat = values.astype(dtype)
+    if gaps is not None:
         try:
-            flat = relative_index.decode(gaps, values.astype(dtype), size)
+            flat = relative_index.decode(gaps.astype(np.int64) + 1, flat, size)
         except ValueError as error:
             raise FormatError(f"relative indices: {error}") from None
+    parts.codes = alphabet - 1
     parts.nonzeros = int(np.count_nonzero(flat))
-    return _unlines(flat.astype(dtype), shape, layout)
+    return _unlines(flat, shape, layout)
 
 
 def check_finite(array: np.ndarray) -> None:
@@ -220,50 +208,42 @@ def _write_raw(out: Writer, array: np.ndarray, method: Method) -> None:
     if str(array.dtype) not in DTYPES:
         raise TypeError(f"dtype {array.dtype} cannot be stored; one of {', '.join(DTYPES)} can")
     check_finite(array)
-    dense = Writer()
-    dense.varint(_DENSE)
-    _write_floats(dense, array.reshape(-1))
-    best = dense.bytes()
+    best = Writer()
+    best.varint(0)
     flat = array.reshape(-1)
-    kept = _bits_nonzero(flat)
-    if 2 * int(kept.sum()) < flat.size:
-        present = kept.astype(np.uint8).reshape(array.shape)
-        layout, width = _plan(present, 2, None, method)
-        if layout != _DENSE:
-            gaps, values = relative_index.encode(_lines(present, layout), width)
-            sparse = Writer()
-            sparse.varint(layout)
-            sparse.varint(width)
-            sparse.raw(streams.encode(gaps - 1, 1 << width, method=method))
-            sparse.raw(streams.encode(values, 2, method=method))
-            _write_floats(sparse, _lines(array, layout)[_lines(present, layout) > 0])
-            best = min(best, sparse.bytes(), key=len)
-    out.raw(best)
+    _write_floats(best, flat)
+    nonzero = flat != 0
+    if 2 * np.count_nonzero(nonzero) < array.size:
+        # 0: zero, 1: a number that follows, 2: the -0.0 that multiplying by a mask leaves behind
+        state = nonzero.astype(np.uint8)
+        state[_bits_nonzero(flat) & ~nonzero] = 2
+        sparse = Writer()
+        sparse.varint(1)
+        _write_codes(sparse, state.reshape(array.shape), 3, method, None)
+        _write_floats(sparse, flat[nonzero])
+        best = min(best, sparse, key=lambda w: len(w.bytes()))
+    out.raw(best.bytes())
 
 
 def _read_raw(reader: Reader, shape: tuple[int, ...], dtype: str, parts: Parts) -> np.ndarray:
-    size = math.prod(shape)
-    layout = reader.varint(limit=_COLUMNS, what="a layout")
-    if layout == _DENSE:
+    if not reader.varint(limit=1, what="a sparsity flag"):
         before = reader.left
-        out = _read_floats(reader, size, dtype).reshape(shape)
-        parts.codes_bytes = before - reader.left
-        parts.entries = size
-        parts.nonzeros = int(np.count_nonzero(out))
-        return out
-    gaps, present = _read_gaps(reader, size, parts, 2, layout)
-    before = reader.left
-    values = _read_floats(reader, int(present.sum()), dtype)
+        out = _read_floats(reader, math.prod(shape), dtype).reshape(shape)
+        parts.entries = out.size
+    else:
+        state = _read_codes(reader, shape, 3, np.uint8, parts)
+        before = reader.left
+        values = _read_floats(reader, int(np.count_nonzero(state == 1)), dtype)
+        out = np.zeros(shape, jnp.dtype(dtype))
+        out[state == 1] = values
+        if (negative := state == 2).any():
+            if not jnp.issubdtype(out.dtype, jnp.floating):
+                raise FormatError(f"a negative zero among {dtype} numbers")
+            out[negative] = -0.0
     parts.codes_bytes += before - reader.left
-    parts.entries = len(gaps)
-    parts.nonzeros = int(np.count_nonzero(values))
-    filled = np.zeros(len(gaps), values.dtype)
-    filled[present > 0] = values
-    try:
-        flat = relative_index.decode(gaps, filled, size)
-    except ValueError as error:
-        raise FormatError(f"relative indices: {error}") from None
-    return _unlines(flat, shape, layout)
+    parts.codes = 0
+    parts.nonzeros = int(np.count_nonzero(out))
+    return out
 
 
 def write(node: Any, *, method: Method, gap_bits: int | None) -> tuple[int, str, bytes]:

@@ -103,7 +103,7 @@ def tiles(
     return jnp.einsum("qj,jpnhwc->pqnhwc", bt, both, precision=_HIGHEST)
 
 
-def transform_kernel(kernel: Float[Array, "3 3 c o"], m: int) -> Float[Array, "a a c o"]:
+def transform_kernel(kernel: Float[Array, "3 3 ci o"], m: int) -> Float[Array, "a a ci o"]:
     """``G g G^T`` of every (input, output) pair; a = m + 2."""
     g = jnp.asarray(matrices(m)[1], kernel.dtype)
     return jnp.einsum("pi,qj,ijco->pqco", g, g, kernel, precision=_HIGHEST)
@@ -131,7 +131,7 @@ def _check_channels(x: Any, weights: Any, side: int) -> None:
 
 def conv(
     x: Float[Array, "n h w c"],
-    kernel: Float[Array, "3 3 c o"],
+    kernel: Float[Array, "3 3 ci o"],
     *,
     m: int = 2,
     padding: Padding = "SAME",
@@ -157,7 +157,7 @@ def conv(
 
 def winograd_relu(
     x: Float[Array, "n h w c"],
-    weights: Float[Array, "a a c o"],
+    weights: Float[Array, "a a ci o"],
     *,
     mask: Any = None,
     padding: Padding = "SAME",
