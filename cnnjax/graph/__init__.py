@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cnnjax.graph.capture import capture
 from cnnjax.graph.check import label_check
 from cnnjax.graph.profile import LayerCost, Profile, profile
 from cnnjax.graph.timing import Energy, Latency, energy, latency, proxy_energy
@@ -34,6 +35,7 @@ __all__ = [
     "LayerCost",
     "Profile",
     "Source",
+    "capture",
     "energy",
     "label_check",
     "latency",

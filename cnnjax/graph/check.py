@@ -275,7 +275,7 @@ class _Check:
     def fail(self, key: Key, position: int) -> None:
         """Raises for a position of an axis that carries another channel than it should."""
         node = int(self.nodes(key)[position])
-        cls = self.ident[node]
+        cls = int(self.ident[node])
         for event, to in zip(self.ledger.same, self.ledger.same_to):
             if (event.labels == node).any() or (to == node).any():
                 self.fail_at(

@@ -66,12 +66,17 @@ def _short(path: str) -> str:
     return "/".join(parts[-3:])
 
 
+def frames(info: Any) -> list[Any]:
+    """The frames outside of JAX behind an equation, innermost first."""
+    if info is None or info.traceback is None:
+        return []
+    return list(source_info_util.user_frames(info.traceback))
+
+
 def locate(info: Any) -> Source | None:
     """The user's line behind an equation: the innermost frame outside of JAX and Flax."""
-    if info is None or info.traceback is None:
-        return None
     first = None
-    for frame in source_info_util.user_frames(info.traceback):
+    for frame in frames(info):
         name = frame.file_name.replace("\\", "/")
         found = Source(_short(name), frame.start_line, frame.function_name.split(".")[-1])
         if first is None:
@@ -90,9 +95,7 @@ class Ledger:
 
     def __init__(self, parameters: frozenset[str]) -> None:
         self.size = 1
-        self.always_grouped: frozenset[str] = (
-            frozenset()
-        )  # grouped kernels, of the original
+        self.always_grouped: frozenset[str] = frozenset()  # grouped kernels, of the original
         self.always_depthwise: frozenset[str] = frozenset()
         self.hints: list[Any] = []  # of the original's reshapes, in order
         self.notes: list[Any] = []  # the same of this walk
@@ -111,6 +114,7 @@ class Ledger:
         self.edges: set[tuple[int, int]] = set()
         self.consumed: set[int] = set()  # first node of axes that are contracted away
         self.literals: list[tuple[float, Any]] = []
+        self.located = True  # whether equations' own lines are to be believed
         self.info: Any = None  # of the equation being read
         self._seen: set[tuple[Any, ...]] = set()
 

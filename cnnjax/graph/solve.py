@@ -132,8 +132,8 @@ def solve(
     free &= ~lonely
 
     consumer = {k: s in ledger.consumed for k, s in ledger.starts.items()}
-    signature, order = _signatures(ledger, own, consumer, free, table_keys, count)
-    atom_of, group_of_atom, names = _number(own, consumer, free, signature, order, table_keys)
+    signature, order, when = _signatures(ledger, own, consumer, free, table_keys, count)
+    atom_of, group_of_atom, names = _number(own, consumer, free, signature, order, table_keys, when)
 
     def atoms(labels: np.ndarray) -> np.ndarray:
         out = atom_of[classes[labels]]
@@ -213,20 +213,21 @@ def _signatures(ledger, own, consumer, free, table_keys, count):
             at = when.get(key[0].rpartition("/")[0], when.get(key[0], 1 << 30))
             order[unique] = np.minimum(order[unique], at)
     signature = np.where(signature == 0, every, signature)
-    return signature, order
+    return signature, order, when
 
 
-def _number(own, consumer, free, signature, order, table_keys):
+def _number(own, consumer, free, signature, order, table_keys, when):
     """Numbers atoms group by group in program order; names groups by their first producer."""
     count = len(free)
     position = np.zeros(count, np.int64)
     owner: dict[int, Key] = {}
-    best = np.full(count, 1 << 40, np.int64)
+    best = np.full(count, 1 << 60, np.int64)
     for rank, (key, c) in enumerate(own.items()):
         if key in table_keys:
             continue
-        # kernels name groups before biases do
-        score = rank + (0 if key[1] > 0 else 1 << 20) + (1 << 30 if consumer[key] else 0)
+        # the first producer in program order names a group; its kernel before its bias
+        at = when.get(key[0].rpartition("/")[0], when.get(key[0], (1 << 20) - 1))
+        score = (consumer[key] << 50) + (at << 22) + ((key[1] == 0) << 21) + rank
         unique, where = np.unique(c, return_index=True)
         better = score < best[unique]
         best[unique[better]] = score

@@ -48,7 +48,7 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
 
 
 def trace(
-    model: nnx.Module | Callable[..., Any],
+    model: Any,
     *example_inputs: Any,
     params: PyTree | None = None,
     mode: str = "flexible",

@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
 from cnnjax.graph import contraction, elementwise, movement
-from cnnjax.graph.ledger import Ledger
+from cnnjax.graph.ledger import Ledger, frames
 from cnnjax.graph.values import Value, common, constant, opaque
 
 MAX_STEPS = 4096  # iterations of a scan that are followed one by one
@@ -140,7 +140,8 @@ def walk(ledger: Ledger, jaxpr: Jaxpr, consts: list[Value], args: list[Value]) -
     for eqn in jaxpr.eqns:
         vals = [read(v) for v in eqn.invars]
         outer = ledger.info
-        ledger.info = eqn.source_info
+        if ledger.located:
+            ledger.info = eqn.source_info
         outs = equation(ledger, eqn, vals)
         ledger.info = outer
         env.update(zip(eqn.outvars, outs))
@@ -159,6 +160,19 @@ def constant_of(value: Any) -> Value:
     if hasattr(value, "dtype") and _is_key(value):
         return opaque(np.shape(value), "a random key")
     return constant(value)
+
+
+def _users(inner: Any, name: str | None) -> bool:
+    """Whether a called program is a user's function: only then do its own lines mean something.
+
+    Programs of library functions are cached, with the lines of whoever called them first.
+    """
+    eqns = getattr(inner, "jaxpr", inner).eqns
+    if name is None:
+        return True
+    return bool(eqns) and any(
+        frame.function_name.split(".")[-1] == name for frame in frames(eqns[0].source_info)
+    )
 
 
 def equation(ledger: Ledger, eqn: Any, vals: list[Value]) -> list[Value]:
@@ -182,7 +196,11 @@ def equation(ledger: Ledger, eqn: Any, vals: list[Value]) -> list[Value]:
     if name in _CALLS:
         inner = params.get("jaxpr") or params.get("call_jaxpr") or params.get("fun_jaxpr")
         if inner is not None:
-            return enter(ledger, inner, vals)
+            before = ledger.located
+            ledger.located = before and _users(inner, params.get("name"))
+            outs = enter(ledger, inner, vals)
+            ledger.located = before
+            return outs
     if name in contraction.REDUCTIONS:
         return [contraction.reduction(ledger, name, params, vals, avals[0].shape)]
     if name in ("argmax", "argmin"):
