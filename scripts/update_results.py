@@ -10,6 +10,7 @@ what stands between the markers.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import pathlib
 import sys
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     records = []
     try:
         for file in sorted((flags.configs / "results").glob("*.json")):
+            if json.loads(file.read_text()).get("format") != report.FORMAT:
+                continue  # of a benchmark, which writes its own page
             record = report.read_result(file)
             records.append(record)
             config = flags.configs / f"{file.stem}.py"

@@ -5,10 +5,11 @@ Counts are measured on the network at hand; nothing is typed in.
 
 from __future__ import annotations
 
-from cnnjax.report.cost import LayerCost, layer_costs, measure, sparse_bytes
+from cnnjax.report.cost import effective_macs, measure, sparse_bytes
 from cnnjax.report.environment import environment
 from cnnjax.report.plots import plot_curve
 from cnnjax.report.results import (
+    FORMAT,
     read_result,
     result_record,
     summarize,
@@ -18,9 +19,9 @@ from cnnjax.report.results import (
 from cnnjax.report.tables import markdown_table, results_table, run_table, text_table
 
 __all__ = [
-    "LayerCost",
+    "FORMAT",
+    "effective_macs",
     "environment",
-    "layer_costs",
     "markdown_table",
     "measure",
     "plot_curve",

@@ -1,106 +1,44 @@
 """What a network costs: parameters, non-zeros, bytes, multiply-accumulates.
 
-Counting rules: a convolution is ``Ho * Wo * kh * kw * C * O / groups`` MACs and a dense layer
-``in * out`` per position, padding counted like data, batch size as given. *Effective* MACs leave
-out the products with a weight that is zero; a dense kernel library does not skip them.
+MACs follow `cnnjax.graph.profile`: one example; ``Ho * Wo * kh * kw * C * O / groups`` for a
+convolution, padding counted like data. *Effective* MACs leave out the products with a weight that
+is zero: what a sparse kernel could skip and a dense one does not.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 
-from cnnjax import training, tree
+from cnnjax import graph, tree
 
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerCost:
-    """MACs of one convolution or matrix product.
-
-    Attributes:
-      path: of the parameter that it multiplies with, None if neither side is one.
-      macs: multiply-accumulates, zeros included.
-    """
-
-    path: str | None
-    macs: int
-
-
-def layer_costs(model: Any, example: Any) -> list[LayerCost]:
-    """Every convolution and matrix product of a forward pass, read off its jaxpr (no FLOPs).
+def effective_macs(profile: graph.Profile, params: PyTree) -> int:
+    """MACs with a non-zero weight, for one example, rounded down.
 
     Args:
-      model: NNX module, concrete or abstract.
-      example: input ``(n, h, w, c)``, an array or a `jax.ShapeDtypeStruct`.
+      profile: of the network.
+      params: its parameters (host or device arrays); a layer's density is that of the leaves of
+        rank 2 or more that its module owns.
     """
-    network, params, stats = training.split_network(model)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, stats))
-
-    def forward(params: PyTree, stats: PyTree, x: Any) -> Any:
-        return network.model(params, stats, train=False)(x)
-
-    closed = jax.make_jaxpr(forward)(*abstract, example)
-    paths = list(tree.flatten(params))
-    names: dict[Any, str] = dict(zip(closed.jaxpr.invars, paths))
-    out: list[LayerCost] = []
-    _walk(closed.jaxpr, names, 1, out)
-    return out
-
-
-# operations that hand a kernel on with the same weights in it
-_SAME = ("convert_element_type", "transpose", "reshape", "copy", "squeeze", "expand_dims", "rev")
-
-
-def _walk(jaxpr: Any, names: dict[Any, str], times: int, out: list[LayerCost]) -> None:
-    def name(atom: Any) -> str | None:
-        return None if hasattr(atom, "val") else names.get(atom)
-
-    for eqn in jaxpr.eqns:
-        kind = eqn.primitive.name
-        if kind in _SAME and name(eqn.invars[0]):
-            names[eqn.outvars[0]] = names[eqn.invars[0]]
-        elif kind == "conv_general_dilated":
-            spec = eqn.params["dimension_numbers"]
-            kernel = eqn.invars[1].aval.shape
-            outputs = math.prod(eqn.outvars[0].aval.shape)
-            per = math.prod(kernel) // kernel[spec.rhs_spec[0]]
-            out.append(LayerCost(name(eqn.invars[1]), times * outputs * per))
-        elif kind == "dot_general":
-            (contracted, _), _ = eqn.params["dimension_numbers"]
-            size = math.prod(eqn.invars[0].aval.shape[a] for a in contracted)
-            macs = times * size * math.prod(eqn.outvars[0].aval.shape)
-            out.append(LayerCost(name(eqn.invars[1]) or name(eqn.invars[0]), macs))
-        elif kind == "scan":
-            _inner(eqn, eqn.params["jaxpr"], names, times * eqn.params["length"], out)
-        elif kind == "cond":
-            _inner(eqn, eqn.params["branches"][-1], names, times, out, skip=1)
-        else:
-            for key in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-                if key in eqn.params:
-                    _inner(eqn, eqn.params[key], names, times, out)
-                    break
-
-
-def _inner(
-    eqn: Any, inner: Any, names: dict[Any, str], times: int, out: list[LayerCost], skip: int = 0
-) -> None:
-    jaxpr = getattr(inner, "jaxpr", inner)
-    own = {
-        var: names[atom]
-        for var, atom in zip(jaxpr.invars, eqn.invars[skip:])
-        if not hasattr(atom, "val") and atom in names
-    }
-    _walk(jaxpr, own, times, out)
-    for var, outer in zip(jaxpr.outvars, eqn.outvars):
-        if not hasattr(var, "val") and var in own:
-            names[outer] = own[var]
+    size: dict[str, int] = {}
+    kept: dict[str, int] = {}
+    for path, leaf in tree.flatten(params).items():
+        if np.ndim(leaf) >= 2:
+            module = path.rpartition("/")[0]
+            size[module] = size.get(module, 0) + np.size(leaf)
+            kept[module] = kept.get(module, 0) + int(np.count_nonzero(np.asarray(leaf)))
+    total = 0
+    for layer in profile.layers:
+        if layer.kind != "matmul":  # a product of two activations is not counted, as in `macs`
+            full = size.get(layer.path, 0)
+            total += layer.macs * kept[layer.path] // full if full else layer.macs
+    return total
 
 
 def sparse_bytes(params: PyTree) -> int:
@@ -112,14 +50,14 @@ def sparse_bytes(params: PyTree) -> int:
     total = 0
     for leaf in jax.tree.leaves(params):
         leaf = np.asarray(leaf)
-        dense = leaf.nbytes
+        stored = leaf.nbytes
         if leaf.ndim >= 2:
             columns = leaf.shape[-1]
             index = 2 if columns <= 1 << 16 else 4
             rows = leaf.size // columns
-            stored = int(np.count_nonzero(leaf)) * (leaf.itemsize + index) + 4 * (rows + 1)
-            dense = min(dense, stored)
-        total += dense
+            csr = int(np.count_nonzero(leaf)) * (leaf.itemsize + index) + 4 * (rows + 1)
+            stored = min(stored, csr)
+        total += stored
     return total
 
 
@@ -132,21 +70,19 @@ def measure(model: Any, example: Any) -> dict[str, Any]:
 
     Returns:
       ``params``, ``nonzeros``, ``bytes`` (dense, in the parameters' dtypes), ``sparse_bytes``,
-      ``macs``, ``effective_macs``, ``compression`` (params / nonzeros).
+      ``macs``, ``effective_macs``, ``activation_peak`` (bytes), ``compression`` (params /
+      nonzeros).
     """
-    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-    host = jax.device_get(params)
-    flat = tree.flatten(host)
-    density = {k: np.count_nonzero(v) / max(v.size, 1) for k, v in flat.items()}
-    layers = layer_costs(model, example)
-    effective = sum(x.macs * (density[x.path] if x.path else 1.0) for x in layers)
-    nonzeros = tree.nonzeros(host)
+    profile = graph.profile(model, example)
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    nonzeros = tree.nonzeros(params)
     return {
-        "params": tree.count(params),
+        "params": profile.params,
         "nonzeros": nonzeros,
-        "bytes": tree.nbytes(params),
-        "sparse_bytes": sparse_bytes(host),
-        "macs": sum(x.macs for x in layers),
-        "effective_macs": round(effective),
-        "compression": tree.count(params) / max(nonzeros, 1),
+        "bytes": profile.param_bytes,
+        "sparse_bytes": sparse_bytes(params),
+        "macs": profile.macs,
+        "effective_macs": effective_macs(profile, params),
+        "activation_peak": profile.activation_peak,
+        "compression": profile.params / max(nonzeros, 1),
     }

@@ -13,6 +13,7 @@ import numpy as np
 
 from cnnjax.report.tables import human, spread
 
+FORMAT = "cnnjax run 1"
 BEGIN, END = "# [measured]", "# [/measured]"
 
 
@@ -46,6 +47,7 @@ def result_record(
       reduced: whether the run was cut short against the config's own lengths.
     """
     return {
+        "format": FORMAT,
         "name": report["name"],
         "note": report.get("note", ""),
         "model": report["model"],
@@ -81,9 +83,9 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
       ValueError: it is not one.
     """
     record = json.loads(pathlib.Path(path).read_text())
-    missing = {"name", "stages", "seeds", "reduced", "environment"} - set(record)
-    if missing:
-        raise ValueError(f"{path} is not a result file: it has no {', '.join(sorted(missing))}")
+    found = record.get("format") if isinstance(record, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path} is not a run's result: its format is {found!r}, not {FORMAT!r}")
     return record
 
 
@@ -98,7 +100,7 @@ def header_lines(record: Mapping[str, Any]) -> list[str]:
     ]
     for s in record["stages"]:
         published = record.get("expected", {}).get(s["name"], {})
-        text = f"# {s['name']}: error {spread(s['error'], scale=100)} %"
+        text = f"# {s['name']}: error {spread(s['error'], scale=100.0)} %"
         if "error" in published:
             text += f" [{published.get('source', 'published')}: {100 * published['error']:.2f} %]"
         text += f", {human(s['nonzeros']['mean'])} non-zeros, {s['compression']['mean']:.2f}x"

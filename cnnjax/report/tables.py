@@ -74,7 +74,7 @@ def run_table(result: Mapping[str, Any]) -> str:
         rows.append(
             (
                 s["name"],
-                spread(s["accuracy"], scale=100),
+                spread(s["accuracy"], scale=100.0),
                 human(s["params"]["mean"]),
                 human(s["nonzeros"]["mean"]),
                 f"{first / s['nonzeros']['mean']:.1f}x",
@@ -137,7 +137,7 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
             rows.append(
                 (
                     f"{result['name']}: {s['name']}",
-                    spread(s["error"], scale=100),
+                    spread(s["error"], scale=100.0),
                     published,
                     f"{s['compression']['mean']:.2f}x",
                     ratio,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from cnnjax.pipeline.stages.compress import DeepCompression
 from cnnjax.pipeline.stages.prune import Prune
 from cnnjax.pipeline.stages.train import Train
 
-__all__ = ["Prune", "Train"]
+__all__ = ["DeepCompression", "Prune", "Train"]
