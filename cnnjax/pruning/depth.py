@@ -192,9 +192,9 @@ def block_scores(
 def select_blocks(
     scores: Mapping[str, float],
     *,
-    ratio: float | None = None,
+    ratio: float | int | None = None,
     count: int | None = None,
-    macs: float | None = None,
+    macs: float | int | None = None,
     model: nnx.Module | None = None,
     inputs: tuple[Any, ...] = (),
 ) -> tuple[str, ...]:

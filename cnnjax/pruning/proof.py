@@ -80,9 +80,7 @@ def prove_equal(
     )
 
 
-def gate(
-    path: str, leaf: Any, graph: Graph, alive: np.ndarray, *, producers: bool = False
-) -> np.ndarray:
+def gate(path: str, leaf: Any, graph: Graph, alive: np.ndarray, *, producers: bool = False) -> Any:
     """A variable of the full network with zeros where it reads (or also makes) removed channels."""
     if path not in graph.shapes or not _is_float(leaf):
         return leaf

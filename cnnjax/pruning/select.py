@@ -18,17 +18,18 @@ from cnnjax.pruning.pools import Pool, pools
 from cnnjax.tree import Patterns, check_patterns, match_any
 
 PyTree = Any
+Ratio = float | int | Mapping[str, float | int]
 
 
 def select_channels(
     graph: Graph,
     scores: PyTree,
     *,
-    ratio: float | Mapping[str, float] | None = None,
-    macs: float | None = None,
-    params: float | None = None,
-    bytes: float | None = None,
-    latency: float | None = None,
+    ratio: float | int | Mapping[str, float | int] | None = None,
+    macs: float | int | None = None,
+    params: float | int | None = None,
+    bytes: float | int | None = None,
+    latency: float | int | None = None,
     cost: Cost | None = None,
     scope: str = "layer",
     round_to: int = 1,
@@ -52,8 +53,8 @@ def select_channels(
         name (the first glob that matches counts; groups that none matches stay whole).
       macs, params, bytes: budget: at most this many are left. A value up to 1 is the fraction of
         the original.
-      latency: budget in seconds, measured by ``cost`` (see `measured_latency`, `latency_table`). A
-        value up to 1 with ``latency`` means seconds too; fractions don't apply.
+      latency: budget in seconds (never a fraction), by ``cost``: see `measured_latency` and
+        `latency_table`.
       cost: for ``latency``: a function from a decision (``alive``) to seconds.
       scope: ``"layer"``: the same ratio in every group; ``"global"``: the lowest scores anywhere;
         ``"isomorphic"``: the lowest scores among groups of the same structure, at the same ratio.
@@ -143,7 +144,7 @@ def _excluded(graph: Graph, index: int, exclude: Patterns) -> bool:
     return bool(exclude) and any(match_any(exclude, p) for p in paths)
 
 
-def _ratio_of(pool: Pool, graph: Graph, ratio: float | Mapping[str, float]) -> float:
+def _ratio_of(pool: Pool, graph: Graph, ratio: Ratio) -> float:
     if not isinstance(ratio, Mapping):
         return float(ratio)
     for pattern, value in ratio.items():
@@ -164,9 +165,7 @@ def _steps_of(ratio: float, pool: Pool) -> int:
     return steps if wanted == pool.size else min(steps, pool.steps - 1)
 
 
-def _by_ratio(
-    plan: Plan, ratio: float | Mapping[str, float], scope: str, min_width: int | None
-) -> np.ndarray:
+def _by_ratio(plan: Plan, ratio: Ratio, scope: str, min_width: int | None) -> np.ndarray:
     values = list(ratio.values()) if isinstance(ratio, Mapping) else [ratio]
     if not all(0 <= v <= 1 for v in values):
         raise ValueError(f"ratio is the fraction to remove, between 0 and 1; got {ratio}")
