@@ -105,8 +105,8 @@ def nnx_jit(name: str, tx: Any, batch: Any) -> Callable[[int], None]:
 
 def plain(name: str, tx: Any, batch: Any) -> Callable[[int], None]:
     model = training.set_mode(make_model(name), train=True)
-    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
-    params, rest = nnx.to_pure_dict(params), nnx.to_pure_dict(rest)
+    graphdef, *states = nnx.split(model, nnx.Param, ...)
+    params, rest = (nnx.to_pure_dict(s) for s in states)
     carry = (params, rest, tx.init(params))
 
     def loss_fn(params: Any, rest: Any, batch: Any) -> Any:
@@ -191,7 +191,7 @@ def measure(name: str, rounds: int, clock: Callable[[], float]) -> dict[str, flo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", type=pathlib.Path, help="JSON file to write")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=list(CASES)[:3], choices=list(CASES))

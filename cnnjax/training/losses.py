@@ -75,9 +75,20 @@ def label_rank(logits: Float[Array | np.ndarray, "n c"], labels: Any) -> Num[Arr
 
 
 def classification_loss(
-    label_smoothing: int | float = 0.0, *, image: str = "image", label: str = "label"
+    label_smoothing: int | float = 0.0,
+    *,
+    image: str = "image",
+    label: str = "label",
+    auxiliary: int | float = 0.0,
 ) -> Any:
     """The default loss hook: cross-entropy of ``model(batch["image"])``.
+
+    Args:
+      label_smoothing: see `softmax_cross_entropy`.
+      image: the batch's key of the images.
+      label: the batch's key of the class numbers.
+      auxiliary: weight of each auxiliary classifier of an Inception network; if not 0, the model
+        is called with ``aux=True`` and returns ``(logits, auxiliary logits, ...)``.
 
     Returns:
       ``loss(model, batch, context) -> (scalar, metrics)``. Where the batch has them,
@@ -88,14 +99,19 @@ def classification_loss(
 
     def loss(model: Any, batch: Mapping[str, Any], context: Any) -> tuple[Any, dict[str, Any]]:
         del context
-        logits = model(batch[image])
         labels, weight = batch[label], batch.get("weight")
-        value = weighted_mean(
-            softmax_cross_entropy(
-                logits, batch.get("soft_label", labels), label_smoothing=label_smoothing
-            ),
-            weight,
-        )
+        target = batch.get("soft_label", labels)
+
+        def cost(logits: Any) -> Any:
+            each = softmax_cross_entropy(logits, target, label_smoothing=label_smoothing)
+            return weighted_mean(each, weight)
+
+        if auxiliary:
+            logits, *others = model(batch[image], aux=True)
+            value = cost(logits) + auxiliary * sum(cost(z) for z in others)
+        else:
+            logits = model(batch[image])
+            value = cost(logits)
         hit = label_rank(jax.lax.stop_gradient(logits), labels) < 1
         return value, {"accuracy": weighted_mean(hit, weight)}
 

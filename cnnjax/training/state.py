@@ -10,6 +10,7 @@ draws exactly what the uninterrupted run drew.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -90,13 +91,17 @@ class Network:
 
 
 def derive_rngs(template: PyTree, key: Any) -> PyTree:
-    """Random-number variables for one step: keys folded out of ``key``, counts at zero."""
+    """Random-number variables for one step: keys split off ``key``, counts at zero."""
     leaves, treedef = jax.tree.flatten(template)
-    out = []
-    for i, leaf in enumerate(leaves):
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            sub = jax.random.fold_in(key, i)
-            out.append(jax.random.split(sub, leaf.shape) if leaf.shape else sub)
+    is_key = [jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key) for leaf in leaves]
+    sizes = [math.prod(leaf.shape) if k else 0 for leaf, k in zip(leaves, is_key)]
+    # one operation for all: some networks hold a hundred streams
+    keys = jax.random.split(key, sum(sizes)) if any(sizes) else None
+    out, start = [], 0
+    for leaf, size in zip(leaves, sizes):
+        if size and keys is not None:
+            out.append(keys[start : start + size].reshape(leaf.shape))
+            start += size
         else:
             out.append(jnp.zeros(leaf.shape, leaf.dtype))
     return jax.tree.unflatten(treedef, out)

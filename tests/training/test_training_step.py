@@ -219,6 +219,28 @@ def test_bfloat16_compute_keeps_float32_state():
     assert out["bfloat16"] == pytest.approx(out[None], rel=0.02)
 
 
+def test_auxiliary_classifiers():
+    class Two(nnx.Module):
+        def __init__(self):
+            self.main = TinyMLP(rngs=nnx.Rngs(0))
+
+        def __call__(self, x, *, return_features=None):
+            logits = self.main(x)
+            if return_features is None:
+                return logits
+            return logits, dict.fromkeys(return_features, 2.0 * logits)
+
+    network, state = training.create_state(Two(), optax.sgd(0.1))
+    batch = _batch()
+    logits = np.asarray(training.state_to_model(network, state)(batch["image"]))
+    plain, twice = (
+        np.mean(training.softmax_cross_entropy(z, batch["label"])) for z in (logits, 2 * logits)
+    )
+    hooks = Hooks(loss=training.classification_loss(auxiliary=0.3))
+    _, metrics = training.make_train_step(network, optax.sgd(0.1), hooks=hooks)(state, batch)
+    np.testing.assert_allclose(metrics["loss"], 1.3 * plain + 0.3 * twice, rtol=1e-5)
+
+
 def test_penalty_and_gradient_clipping():
     # oracle: with a zero loss, SGD on lam/2 |w|^2 shrinks every parameter by 1 - lr * lam
     tx = optax.sgd(0.1)
