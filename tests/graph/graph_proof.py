@@ -118,29 +118,50 @@ def shrink(model: nnx.Module, graph: Graph, alive: np.ndarray) -> nnx.Module:
     return surgery.rebuild(model, leaves, static=statics)
 
 
+def gate(graph: Graph, alive: np.ndarray, path: str, leaf: Any) -> Any:
+    """A leaf with zeros wherever a position was removed."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf
+    out = np.array(leaf)
+    for d, n in enumerate(out.shape):
+        axis = graph.axes[path, d]
+        mask = axis.alive(alive)
+        if axis.table is not None:
+            # (groups, I) -> (O, I)
+            assert axis.table_axis is not None
+            mask = np.repeat(mask, out.shape[axis.table_axis] // len(mask), axis=0)
+            shape = [1] * out.ndim
+            shape[axis.table_axis], shape[d] = mask.shape
+            mask = mask.T if d < axis.table_axis else mask
+            out = out * mask.reshape(shape)
+        else:
+            out = out * mask.reshape([n if e == d else 1 for e in range(out.ndim)])
+    return jnp.asarray(out, leaf.dtype)
+
+
 def gated(model: nnx.Module, graph: Graph, alive: np.ndarray) -> nnx.Module:
     """The original with zeros wherever a variable's position was removed."""
+    return surgery.map_leaves(model, lambda path, leaf: gate(graph, alive, path, leaf))
 
-    def gate(path: str, leaf: Any) -> Any:
-        if not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return leaf
-        out = np.array(leaf)
-        for d, n in enumerate(out.shape):
-            axis = graph.axes[path, d]
-            mask = axis.alive(alive)
-            if axis.table is not None:
-                # (groups, I) -> (O, I)
-                assert axis.table_axis is not None
-                mask = np.repeat(mask, out.shape[axis.table_axis] // len(mask), axis=0)
-                shape = [1] * out.ndim
-                shape[axis.table_axis], shape[d] = mask.shape
-                mask = mask.T if d < axis.table_axis else mask
-                out = out * mask.reshape(shape)
-            else:
-                out = out * mask.reshape([n if e == d else 1 for e in range(out.ndim)])
-        return jnp.asarray(out, leaf.dtype)
 
-    return surgery.map_leaves(model, gate)
+def gate_tree(params: dict[str, Any], graph: Graph, alive: np.ndarray) -> dict[str, Any]:
+    """`gated` of a flat dict of arrays."""
+    return {path: gate(graph, alive, path, leaf) for path, leaf in params.items()}
+
+
+def shrink_tree(
+    fn: Any, params: dict[str, Any], graph: Graph, alive: np.ndarray
+) -> dict[str, np.ndarray]:
+    """`shrink` of the variables (a flat dict) of a function whose shapes follow from them."""
+    blank = {}
+    for path, shape in graph.shapes.items():
+        new = [graph.axes[path, d].kept(alive).shape[-1] for d in range(len(shape))]
+        blank[path] = jax.ShapeDtypeStruct(tuple(new), graph.dtypes[path])
+    index = label_check(fn, graph, alive, params=blank)
+    return {
+        path: sliced(a, {d: index[path, d] for d in range(a.ndim)}, graph, path)
+        for path, a in params.items()
+    }
 
 
 def outputs(model: nnx.Module, inputs: tuple[Any, ...]) -> list[np.ndarray]:
