@@ -105,8 +105,8 @@ def nnx_jit(name: str, tx: Any, batch: Any) -> Callable[[int], None]:
 
 def plain(name: str, tx: Any, batch: Any) -> Callable[[int], None]:
     model = training.set_mode(make_model(name), train=True)
-    graphdef, *states = nnx.split(model, nnx.Param, ...)
-    params, rest = (nnx.to_pure_dict(s) for s in states)
+    graphdef, trained, others = nnx.split(model, nnx.Param, ...)
+    params, rest = nnx.to_pure_dict(trained), nnx.to_pure_dict(others)
     carry = (params, rest, tx.init(params))
 
     def loss_fn(params: Any, rest: Any, batch: Any) -> Any:
