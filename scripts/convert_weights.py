@@ -15,6 +15,7 @@ import os
 import pathlib
 import sys
 import tempfile
+from typing import Any
 
 import numpy as np
 from flax import nnx
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     arrays = tree.flatten(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
     # a reader never sees half a file
     with tempfile.NamedTemporaryFile(dir=args.target.parent, suffix=".npz", delete=False) as file:
-        np.savez(file, **{path: np.asarray(leaf) for path, leaf in arrays.items()})
+        named: dict[str, Any] = {path: np.asarray(leaf) for path, leaf in arrays.items()}
+        np.savez(file, **named)
     os.replace(file.name, args.target)
     print(f"{args.name}: {len(arrays)} arrays -> {args.target}")
     return 0

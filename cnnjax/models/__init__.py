@@ -21,6 +21,8 @@ from cnnjax.models.registry import (
 
 # the family modules (one a line, sorted); each registers its variants when first imported
 FAMILIES = (
+    "alexnet",
+    "cross_connected",
     "densenet",
     "fractalnet",
     "googlenet",
@@ -29,6 +31,7 @@ FAMILIES = (
     "inception_v2",
     "inception_v3",
     "lenet",
+    "lenet_1998",
     "maxout_nin",
     "mobilenet",
     "multi_resnet",
@@ -40,9 +43,11 @@ FAMILIES = (
     "rir",
     "ror",
     "shufflenet",
+    "vgg",
     "vgg_cifar",
     "wide_resnet",
     "xception",
+    "zfnet",
 )
 
 __all__ = [

@@ -81,7 +81,7 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
 
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
     try:
-        import safetensors.numpy as safetensors
+        import safetensors.numpy as safetensors  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("reading .safetensors needs `pip install safetensors`") from error
     return safetensors.load_file(path)
@@ -89,7 +89,7 @@ def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
 
 def _read_torch(path: pathlib.Path) -> Mapping[str, Any]:
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError(
             f"reading {path.name} needs torch; or convert it to .safetensors where torch is"
@@ -309,7 +309,7 @@ def _from_hub(source: str) -> pathlib.Path:
     if match is None or (pathlib.Path(source).suffix and not match.group(2)):
         raise FileNotFoundError(missing)
     try:
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise FileNotFoundError(
             f"{missing}; if it's a repository on the Hugging Face hub, `pip install "

@@ -88,7 +88,7 @@ class Repeated(nnx.Module):
 
 def make_stage(
     make: Callable[[int, nnx.Rngs], Any], count: int, *, rngs: nnx.Rngs, scan: bool = False
-) -> nnx.List:
+) -> Any:
     """A stage of ``count`` blocks.
 
     Args:
@@ -104,7 +104,7 @@ def make_stage(
 
 
 def run_stage(
-    stage: nnx.List,
+    stage: Any,
     x: Any,
     taps: blocks.Taps,
     name: str,

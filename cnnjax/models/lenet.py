@@ -49,6 +49,7 @@ class LeNet300100(blocks.Model):
         self.config = config
         self.exact_size = config.image_size
         inputs = config.image_size**2 * config.in_channels
+        self.flattened = (("fc1", (config.image_size, config.image_size, config.in_channels)),)
         self.fc1 = blocks.linear(inputs, 300, dtype=config.dtype, rngs=rngs)
         self.fc2 = blocks.linear(300, 100, dtype=config.dtype, rngs=rngs)
         self.fc3 = blocks.linear(100, config.num_classes, dtype=config.dtype, rngs=rngs)
@@ -75,6 +76,7 @@ class LeNet5Caffe(blocks.Model):
         init = blocks.init.uniform_fan_in(1.0)
         self.conv1 = blocks.conv(config.in_channels, 20, 5, kernel_init=init, **options)
         self.conv2 = blocks.conv(20, 50, 5, kernel_init=init, **options)
+        self.flattened = (("fc1", (side, side, 50)),)
         self.fc1 = blocks.linear(side * side * 50, 500, dtype=dtype, rngs=rngs)
         self.fc2 = blocks.linear(500, config.num_classes, dtype=dtype, rngs=rngs)
 

@@ -58,6 +58,10 @@ class ResNetConfig(ModelConfig):
             raise ValueError(f"stages must hold numbers >= 1, got {self.stages!r}")
         if self.block == "basic" and (self.groups != 1 or self.group_width != 64):
             raise ValueError("groups and group_width need block='bottleneck'")
+        if self.width * self.group_width < 64:
+            raise ValueError(
+                f"width {self.width} and group_width {self.group_width} leave no channel per group"
+            )
 
 
 class ResNet(blocks.Model):
@@ -125,7 +129,7 @@ def _block(
             **options,
         )
         last = block.bn3
-    if config.zero_last_scale:
+    if config.zero_last_scale and last.scale is not None:
         last.scale[...] = last.scale[...] * 0
     return block
 
