@@ -59,7 +59,7 @@ def fill(model: nnx.Module, seed: int = 0) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree_util.tree_map_with_path(leaf, state))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def abstract(name: str) -> nnx.Module:
     """The module with abstract leaves."""
     return nnx.eval_shape(lambda: CASES[name].make(nnx.Rngs(0)))
@@ -74,9 +74,7 @@ def build(name: str, seed: int = 0) -> tuple[nnx.Module, tuple[jax.Array, ...]]:
 
 def conv(i: int, o: int, k: int = 3, s: int = 1, g: int = 1, bias: bool = False, **kw: Any) -> Any:
     """A convolution with SAME padding."""
-    return nnx.Conv(
-        i, o, (k, k), strides=(s, s), feature_group_count=g, use_bias=bias, **kw
-    )
+    return nnx.Conv(i, o, (k, k), strides=(s, s), feature_group_count=g, use_bias=bias, **kw)
 
 
 class ConvBN(nnx.Module):
@@ -272,12 +270,14 @@ class Shuffle1(nnx.Module):
         g, width = groups, 48
         mid, self.groups = width // 2, g
         self.stem = ConvBN(3, width, rngs=rngs)
-        self.a, self.b = ConvBN(width, mid, 1, 1, g, rngs=rngs), ConvBN(
-            mid, mid, 3, 1, mid, act=False, rngs=rngs
+        self.a, self.b = (
+            ConvBN(width, mid, 1, 1, g, rngs=rngs),
+            ConvBN(mid, mid, 3, 1, mid, act=False, rngs=rngs),
         )
         self.c = ConvBN(mid, width, 1, 1, g, act=False, rngs=rngs)
-        self.d, self.e = ConvBN(width, mid, 1, 1, g, rngs=rngs), ConvBN(
-            mid, mid, 3, 2, mid, act=False, rngs=rngs
+        self.d, self.e = (
+            ConvBN(width, mid, 1, 1, g, rngs=rngs),
+            ConvBN(mid, mid, 3, 2, mid, act=False, rngs=rngs),
         )
         self.f = ConvBN(mid, width, 1, 1, g, act=False, rngs=rngs)
         self.head = Head(2 * width, rngs=rngs)
