@@ -11,6 +11,11 @@ What `scripts/update_results.py` found in ``configs/results/mnist_lenet_300_100.
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 2 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 1.18 (1.16-1.21) %, 266.6k non-zeros, 1.00x
+#   published: 1.64 % (Han et al. 2015, Table 1)
+# pruned: error 0.96 (0.93-1.00) %, 22.21k non-zeros, 12.00x
+#   published: 1.59 % (Han et al. 2015, Table 1)
 # [/measured]
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def result_record(
         ],
         "expected": report["config"].get("expected", {}),
         "environment": report["environment"],
-        "config": report["config"],
+        # where the data lay says nothing about the result
+        "config": {**report["config"], "data": {**report["config"]["data"], "data_dir": ""}},
     }
 
 
@@ -101,11 +102,11 @@ def header_lines(record: Mapping[str, Any]) -> list[str]:
     for s in record["stages"]:
         published = record.get("expected", {}).get(s["name"], {})
         text = f"# {s['name']}: error {spread(s['error'], scale=100.0)} %"
-        if "error" in published:
-            text += f" [{published.get('source', 'published')}: {100 * published['error']:.2f} %]"
         text += f", {human(s['nonzeros']['mean'])} non-zeros, {s['compression']['mean']:.2f}x"
-        text += f", {s['seconds']['mean']:.0f} s a seed"
         lines.append(text)
+        if "error" in published:
+            source = published.get("source", "published")
+            lines.append(f"#   published: {100 * published['error']:.2f} % ({source})")
     return lines
 
 

@@ -113,7 +113,8 @@ def test_headers_are_written_between_the_markers(tmp_path):
     assert "# old" in config.read_text()
     assert report.update_header(config, record())
     text = config.read_text()
-    assert "# pruned: error 1.60 (1.50-1.70) % [the paper: 1.59 %]" in text
+    assert "# pruned: error 1.60 (1.50-1.70) %, 22.21k non-zeros, 12.00x\n" in text
+    assert "#   published: 1.59 % (the paper)\n" in text
     assert "# old" not in text
     assert text.startswith('"""Doc."""\n\n# [measured]\n')
     assert text.endswith("# [/measured]\n\nx = 1\n")
