@@ -40,12 +40,24 @@ from cnnjax.factorization.matrix import (
     tail_norm,
     weighted_svd,
 )
+from cnnjax.factorization.network import LayerPlan, Plan, factorize, plan, report
 from cnnjax.factorization.ranks import allocate_ranks, break_even_rank, pca_energy_ranks
 from cnnjax.factorization.response import (
     LowRankMap,
     nonlinear_response_low_rank,
     response_factors,
     response_low_rank,
+)
+from cnnjax.factorization.rules import (
+    CP,
+    Basis,
+    Energy,
+    MacsRatio,
+    Rule,
+    Scheme1,
+    Spatial,
+    Tucker2,
+    choose_ranks,
 )
 from cnnjax.factorization.spatial import (
     compose_scheme1,
@@ -75,11 +87,21 @@ from cnnjax.factorization.tucker import (
 from cnnjax.factorization.vbmf import VBMFRank, evbmf_rank, tucker2_ranks
 
 __all__ = [
+    "CP",
+    "Basis",
     "CPInfo",
     "Chain",
     "ConvSpec",
+    "Energy",
+    "LayerPlan",
     "LowRankMap",
+    "MacsRatio",
+    "Plan",
     "PredictedLinear",
+    "Rule",
+    "Scheme1",
+    "Spatial",
+    "Tucker2",
     "Tucker2Factors",
     "VBMFRank",
     "allocate_ranks",
@@ -89,6 +111,7 @@ __all__ = [
     "bicluster",
     "break_even_rank",
     "chain_apply",
+    "choose_ranks",
     "circulant_learn",
     "circulant_reconfigure",
     "compose_cp",
@@ -110,6 +133,7 @@ __all__ = [
     "dual_filter_basis",
     "energy_rank",
     "evbmf_rank",
+    "factorize",
     "filter_basis",
     "haar_matrix",
     "jaderberg_scheme1",
@@ -118,7 +142,9 @@ __all__ = [
     "monochromatic_conv",
     "nonlinear_response_low_rank",
     "pca_energy_ranks",
+    "plan",
     "prediction_dictionary",
+    "report",
     "response_factors",
     "response_low_rank",
     "scheme1_chain",

@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -103,9 +104,9 @@ class Chain:
       bias: (o,) or None.
     """
 
-    kernels: tuple[AnyArray, ...]
+    kernels: tuple[Any, ...]
     specs: tuple[ConvSpec, ...]
-    bias: AnyArray | None = None
+    bias: Any = None
 
     @property
     def params(self) -> int:
@@ -115,11 +116,8 @@ class Chain:
 
     def macs(self, height: int, width: int) -> int:
         """Multiply-accumulates for one image of ``height`` x ``width``."""
-        total = 0
-        for kernel, spec in zip(self.kernels, self.specs):
-            height, width = output_size(kernel.shape[:2], spec, (height, width))
-            total += height * width * int(np.prod(kernel.shape))
-        return total
+        stages = [(k.shape, spec) for k, spec in zip(self.kernels, self.specs)]
+        return stages_cost(stages, (height, width))[1]
 
 
 def output_size(kernel: Sequence[int], spec: ConvSpec, size: tuple[int, int]) -> tuple[int, int]:
@@ -156,6 +154,18 @@ def conv_cost(
     height, width = output_size(kernel_shape[:2], spec, size)
     weights = int(np.prod(kernel_shape))
     return weights + (kernel_shape[-1] if bias else 0), height * width * weights
+
+
+def stages_cost(
+    stages: Sequence[tuple[Sequence[int], ConvSpec]], size: tuple[int, int]
+) -> tuple[int, int]:
+    """(weights, MACs) of convolutions run one after the other on an image of ``size``."""
+    weights = macs = 0
+    for shape, spec in stages:
+        stage_weights, stage_macs = conv_cost(shape, spec, size)
+        size = output_size(shape[:2], spec, size)
+        weights, macs = weights + stage_weights, macs + stage_macs
+    return weights, macs
 
 
 @jax.jit
