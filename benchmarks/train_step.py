@@ -105,15 +105,16 @@ def nnx_jit(name: str, tx: Any, batch: Any) -> Callable[[int], None]:
 
 def plain(name: str, tx: Any, batch: Any) -> Callable[[int], None]:
     model = training.set_mode(make_model(name), train=True)
-    graphdef, trained, others = nnx.split(model, nnx.Param, ...)
-    params, rest = nnx.to_pure_dict(trained), nnx.to_pure_dict(others)
+    graphdef = nnx.graphdef(model)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    rest = training.model_stats(model)
     carry = (params, rest, tx.init(params))
 
     def loss_fn(params: Any, rest: Any, batch: Any) -> Any:
         model = nnx.merge(graphdef, params, rest, copy=True)
         logits = model(batch["image"])
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
-        return loss, nnx.to_pure_dict(nnx.split(model, nnx.Param, ...)[2])
+        return loss, training.model_stats(model)
 
     def step(carry: Any, batch: Any) -> Any:
         params, rest, opt_state = carry
