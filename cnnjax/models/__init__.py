@@ -8,6 +8,7 @@ standard input. Activations are NHWC, kernels HWIO.
 from __future__ import annotations
 
 from cnnjax.models.convert import load_pretrained, load_weights, read_weights
+from cnnjax.models.fold import fold_batchnorm
 from cnnjax.models.registry import (
     ModelConfig,
     Provenance,
@@ -57,6 +58,7 @@ __all__ = [
     "abstract",
     "config",
     "create",
+    "fold_batchnorm",
     "input_shape",
     "load_pretrained",
     "load_weights",

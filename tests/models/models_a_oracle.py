@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -65,5 +66,6 @@ def fill(model: Any, seed: int = 0) -> Any:
         return 0.1 * x
 
     state = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
-    nnx.update(model, tree.map_with_path(draw, state))
+    # JAX arrays: Flax would write batch statistics into NumPy arrays in place
+    nnx.update(model, jax.tree.map(jnp.asarray, tree.map_with_path(draw, state)))
     return model
