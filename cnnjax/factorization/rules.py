@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -89,16 +90,9 @@ class Rule:
         raise NotImplementedError
 
 
-def _per_group(
-    fn: Callable[..., tuple[Array, ...]], kernel: Array, groups: int, key: Array | None = None
-) -> tuple[Array, ...]:
+def _per_group(fn: Callable[..., tuple[Array, ...]], kernel: Array, groups: int) -> Any:
     """Runs a factorization on every group's block; outputs become group-major."""
-    blocks = split_groups(kernel, groups)
-    if key is None:
-        parts = jax.vmap(fn)(blocks)
-    else:
-        parts = jax.vmap(fn)(jax.random.split(key, groups), blocks)
-    return tuple(join_groups(p) for p in parts)
+    return [join_groups(part) for part in jax.vmap(fn)(split_groups(kernel, groups))]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +118,7 @@ class Basis(Rule):
     ) -> Chain:
         """k x k then 1x1."""
         parts = _per_group(lambda k: filter_basis(k, ranks[0]), kernel, spec.groups)
-        return chains.basis_chain(*parts, spec, bias)
+        return chains.basis_chain(*parts, spec=spec, bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +147,7 @@ class Spatial(Rule):
     ) -> Chain:
         """kh x 1 then 1 x kw."""
         parts = _per_group(lambda k: spatial_svd(k, ranks[0]), kernel, spec.groups)
-        return chains.spatial_chain(*parts, spec, bias)
+        return chains.spatial_chain(*parts, spec=spec, bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +187,7 @@ class Tucker2(Rule):
             t = tucker2(k, *ranks, sweeps=self.sweeps)
             return t.first[None, None], t.core, t.last.T[None, None]
 
-        return chains.tucker2_chain(*_per_group(factors, kernel, spec.groups), spec, bias)
+        return chains.tucker2_chain(*_per_group(factors, kernel, spec.groups), spec=spec, bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +320,7 @@ class Scheme1(Rule):
                 "Spatial, Tucker2 or CP"
             )
         parts = jaderberg_scheme1(key, kernel, ranks[0], restarts=self.restarts, sweeps=self.sweeps)
-        return chains.scheme1_chain(*parts, spec, bias)
+        return chains.scheme1_chain(*parts, spec=spec, bias=bias)
 
 
 def dense_factors(weight: Float[AnyArray, "i o"], rank: int) -> tuple[Array, Array]:
