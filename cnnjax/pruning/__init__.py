@@ -6,7 +6,19 @@ parameters; ``masked`` and ``gradual`` are optimizers that keep removed weights 
 
 from __future__ import annotations
 
-from cnnjax.pruning import granularity, importance, masks, schedules
+from cnnjax.pruning import (
+    brain_damage,
+    gates,
+    granularity,
+    importance,
+    masks,
+    noise,
+    penalties,
+    prox,
+    schedules,
+    thresholding,
+)
+from cnnjax.pruning.brain_damage import ThinConv, thin, thin_conv
 from cnnjax.pruning.costs import CostModel
 from cnnjax.pruning.depth import block_scores, removable_blocks, remove_blocks, select_blocks
 from cnnjax.pruning.granularity import (
@@ -21,6 +33,7 @@ from cnnjax.pruning.granularity import (
 )
 from cnnjax.pruning.keep import Keep
 from cnnjax.pruning.latency import LatencyTable, latency_table, measured_latency
+from cnnjax.pruning.linen import ShrunkLinen, register_linen, shrink_linen
 from cnnjax.pruning.magnitude import (
     magnitude_mask,
     magnitude_scores,
@@ -40,8 +53,22 @@ from cnnjax.pruning.masks import (
     prune_smallest,
 )
 from cnnjax.pruning.proof import ProofError
+from cnnjax.pruning.proximal import (
+    Prox,
+    adam_steps,
+    forward_backward_splitting,
+    penalty_tree,
+    prox_tree,
+)
 from cnnjax.pruning.select import select_channels
 from cnnjax.pruning.shrink import Cut, cut, shrink, shrink_tree
+from cnnjax.pruning.thresholding import (
+    greedy_densities,
+    iterative_hard_thresholding,
+    keep_counts,
+    memory_bounded_l0,
+    project_l0,
+)
 from cnnjax.pruning.transforms import MaskedState, get_mask, gradual, masked, set_mask
 
 __all__ = [
@@ -52,20 +79,30 @@ __all__ = [
     "LatencyTable",
     "MaskedState",
     "ProofError",
+    "Prox",
+    "ShrunkLinen",
+    "ThinConv",
+    "adam_steps",
     "apply_mask",
     "block_scores",
+    "brain_damage",
     "check_alive",
     "check_mask",
     "cut",
     "density",
     "expand",
+    "forward_backward_splitting",
     "full_mask",
+    "gates",
     "get_mask",
     "gradual",
     "granularity",
+    "greedy_densities",
     "groups",
     "importance",
     "intersect",
+    "iterative_hard_thresholding",
+    "keep_counts",
     "kept_columns",
     "latency_table",
     "magnitude_mask",
@@ -75,11 +112,19 @@ __all__ = [
     "masked",
     "masks",
     "measured_latency",
+    "memory_bounded_l0",
     "n_m_mask",
+    "noise",
+    "penalties",
+    "penalty_tree",
+    "project_l0",
+    "prox",
+    "prox_tree",
     "prune_count",
     "prune_retrain",
     "prune_smallest",
     "reduce",
+    "register_linen",
     "removable_blocks",
     "remove_blocks",
     "schedules",
@@ -87,8 +132,12 @@ __all__ = [
     "select_channels",
     "set_mask",
     "shrink",
+    "shrink_linen",
     "shrink_tree",
     "strided_mask",
     "strided_positions",
+    "thin",
+    "thin_conv",
     "threshold_mask",
+    "thresholding",
 ]
