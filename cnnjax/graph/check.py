@@ -118,10 +118,6 @@ class _Check:
             if key not in graph.tables:
                 self.atom_of[ids] = graph.axes[key].labels
 
-    def nodes(self, key: Key) -> np.ndarray:
-        start = self.ledger.starts[key]
-        return np.arange(start, start + self.ledger.lengths[key])
-
     def order(self) -> list[Key]:
         """Axes in the order in which the program meets them, producers before consumers."""
         when: dict[str, int] = {}
@@ -141,7 +137,7 @@ class _Check:
             axis = self.graph.axes[key]
             kept = axis.kept(self.alive)
             old = self.graph.identity[key][kept]
-            cls = self.ident[self.nodes(key)]
+            cls = self.ident[self.ledger.nodes(key)]
             known = self.label[cls]
             unknown = known == UNKNOWN
             if unknown.all():
@@ -274,7 +270,7 @@ class _Check:
 
     def fail(self, key: Key, position: int) -> None:
         """Raises for a position of an axis that carries another channel than it should."""
-        node = int(self.nodes(key)[position])
+        node = int(self.ledger.nodes(key)[position])
         cls = int(self.ident[node])
         for event, to in zip(self.ledger.same, self.ledger.same_to):
             if (event.labels == node).any() or (to == node).any():

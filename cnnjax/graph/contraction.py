@@ -65,6 +65,8 @@ def _meet_contracted(ledger, a, i, la, b, j, lb, reason) -> None:
             ledger.statistic(la, "a scale that depends on the number of channels")
         return
     for labels, other, k in ((la, b, j), (lb, a, i)):
+        if other.const is not None and not np.any(other.const):
+            continue  # a sum of nothing, however many channels
         if labels is not None and other.shape[k] == labels.size:
             why = other.why if other.distinct[k] else "copies of one channel"
             ledger.fix(labels, f"meets {why or 'fixed positions'} in {reason}")

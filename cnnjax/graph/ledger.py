@@ -136,6 +136,11 @@ class Ledger:
             why=f"variable {path}",
         )
 
+    def nodes(self, key: tuple[str, int]) -> np.ndarray:
+        """The nodes of an axis of a variable."""
+        start = self.starts[key]
+        return np.arange(start, start + self.lengths[key])
+
     def axis_of(self, labels: np.ndarray) -> tuple[str, int] | None:
         """The variable axis whose own nodes, all and in order, these labels are."""
         flat = labels.reshape(-1)

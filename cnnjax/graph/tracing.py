@@ -77,12 +77,12 @@ def trace(
         fn, state = functional(model)
         kinds = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
         flags = [isinstance(v, nnx.Param) for v in kinds]
-        return _trace(fn, state, example_inputs, mode, flags)
+        return _trace(fn, state, example_inputs, mode, flags, _module_ties(model))
     if not callable(model):
         raise TypeError(f"trace takes an NNX module or a function, not {type(model).__name__}")
     if params is None:
         raise TypeError("to trace a function fn(params, *inputs), give params=...")
-    return _trace(model, params, example_inputs, mode, None)
+    return _trace(model, params, example_inputs, mode, None, ())
 
 
 def trace_fn(
@@ -92,7 +92,7 @@ def trace_fn(
 
     For a Linen dict ``{"params": ..., "batch_stats": ...}`` the paths begin with the collection.
     """
-    return _trace(apply_fn, variables, example_inputs, mode, None)
+    return _trace(apply_fn, variables, example_inputs, mode, None, ())
 
 
 def program(
@@ -162,9 +162,33 @@ def analyse(
     return ledger, shapes, dtypes
 
 
-def _trace(fn, variables, inputs, mode: str, parameters: list[bool] | None) -> Graph:
+def _module_ties(model: nnx.Module) -> tuple[tuple[str, str, int, str], ...]:
+    """Axes that a layer of Flax's insists on being equally long, though its program doesn't.
+
+    ``MultiHeadAttention`` refuses values with another head size than the queries.
+    """
+    out = []
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.MultiHeadAttention):
+            at = "/".join(map(str, path))
+            start = f"{at}/" if at else ""
+            out.append((f"{start}query/kernel", f"{start}value/kernel", 2, "attention heads"))
+    return tuple(out)
+
+
+def _trace(
+    fn: Callable[..., Any],
+    variables: PyTree,
+    inputs: tuple[Any, ...],
+    mode: str,
+    parameters: list[bool] | None,
+    ties: tuple[tuple[str, str, int, str], ...],
+) -> Graph:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}.{did_you_mean(mode, MODES)}")
     ledger, shapes, dtypes = analyse(fn, variables, inputs, parameters)
+    for one, other, axis, reason in ties:
+        if (one, axis) in ledger.starts and (other, axis) in ledger.starts:
+            ledger.tie(ledger.nodes((one, axis)), ledger.nodes((other, axis)), reason)
     graph = solve(ledger, shapes, dtypes, mode)
     return dataclasses.replace(graph, inputs=tuple(abstract(inputs)))

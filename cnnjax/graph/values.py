@@ -58,9 +58,12 @@ class Value:
 def constant(array: Any) -> Value:
     """The value of a known array."""
     a = np.asarray(array)
-    distinct = tuple(
-        n > 1 and not bool(np.all(a == np.take(a, [0], axis=d))) for d, n in enumerate(a.shape)
-    )
+
+    def same(d: int) -> bool:
+        b = np.take(a, [0], axis=d)
+        return bool(np.all((a == b) | ((a != a) & (b != b))))  # NaN is like NaN
+
+    distinct = tuple(n > 1 and not same(d) for d, n in enumerate(a.shape))
     return Value(a.shape, (), distinct, const=a, why="a constant array")
 
 
