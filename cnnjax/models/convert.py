@@ -11,6 +11,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,9 +60,9 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     suffix = path.suffix.lower()
     if suffix == ".npz":
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 arrays: Mapping[str, Any] = {k: file[k] for k in file.files}
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
             raise ValueError(f"{str(path)!r} is not a readable .npz file: {error}") from error
     elif suffix == ".safetensors":
         arrays = _read_safetensors(path)
@@ -144,11 +145,12 @@ def _layout(array: np.ndarray, target: _Target) -> np.ndarray | None:
 
 
 def _fused(
-    model: Any, target: _Target, weights: Mapping[str, np.ndarray]
+    model: Any, target: _Target, weights: Mapping[str, np.ndarray], claimed: set[str]
 ) -> tuple[np.ndarray, str] | None:
     """Values of a batch norm that the file has fused into the convolution before it.
 
-    With mean 0 and variance 1 - epsilon it adds the fused bias and changes nothing else.
+    With mean 0 and variance 1 - epsilon it adds the fused bias and changes nothing else. Where the
+    model's convolution has a bias of its own (``claimed``), that one takes the fused bias.
     """
     module, _, leaf = target.path.rpartition("/")
     prefix = target.names[0].rpartition(".")[0]
@@ -159,6 +161,8 @@ def _fused(
     if bias.shape != target.shape:
         return None
     epsilon = _module(model, module).epsilon
+    if bias_name in claimed:
+        bias = np.zeros_like(bias)
     value = {"bias": bias, "mean": 0.0, "scale": 1.0, "var": 1.0 - epsilon}[leaf]
     return np.broadcast_to(np.asarray(value, np.float32), target.shape), bias_name
 
@@ -175,13 +179,15 @@ def _match(
     arrays: dict[str, np.ndarray] = {}
     problems: list[str] = []
     used: set[str] = set()
-    for target in _targets(model, rules):
+    targets = _targets(model, rules)
+    claimed = {name for target in targets for name in target.names}
+    for target in targets:
         used.update(target.names)
         if tree.match_any(skip, target.path):
             continue
         absent = [n for n in target.names if n not in weights]
         if absent:
-            fused = _fused(model, target, weights)
+            fused = _fused(model, target, weights, claimed)
             if fused is not None:
                 arrays[target.path] = fused[0]
                 used.add(fused[1])

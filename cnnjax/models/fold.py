@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnnjax import graph
 from cnnjax.models import registry
 
 
@@ -54,6 +53,9 @@ def fold_batchnorm(model: Any, example: Any = None, *, tolerance: float = 1e-4) 
       ValueError: if no example is given or known, or if the outputs differ (an operation that this
         folding doesn't see sits between a layer and its norm).
     """
+    # not at the top: creating a model shouldn't wait for the graph room's imports
+    from cnnjax import graph
+
     if example is None:
         provenance = getattr(model, "provenance", None)
         if provenance is None:

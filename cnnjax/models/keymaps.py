@@ -10,9 +10,12 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import re
+from collections.abc import Callable
 from typing import Any
 
-Rules = tuple[tuple[str, str], ...]
+from cnnjax.models import keymaps_efficient as efficient
+
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +29,46 @@ class Layout:
 _DOWNSAMPLE: Rules = ((r"downsample\.conv$", "downsample.0"), (r"downsample\.bn$", "downsample.1"))
 _LINEAR_HEAD: Rules = ((r"^fc$", "linear"),)
 
+_ALEXNET: Rules = (
+    *((rf"^conv{i + 1}$", f"features.{n}") for i, n in enumerate((0, 3, 6, 8, 10))),
+    *((rf"^fc{i + 1}$", f"classifier.{n}") for i, n in enumerate((1, 4, 6))),
+)
+
+
+def _vgg(stages: tuple[int, ...], norm: bool) -> Rules:
+    """torchvision numbers convolutions, norms, ReLUs and pools in one sequence."""
+    rules: list[tuple[str, str]] = []
+    index = 0
+    for i, count in enumerate(stages):
+        for j in range(count):
+            rules.append((rf"^stages\.{i}\.{j}\.conv$", f"features.{index}"))
+            rules.append((rf"^stages\.{i}\.{j}\.bn$", f"features.{index + 1}"))
+            index += 3 if norm else 2
+        index += 1
+    rules += [(rf"^fc{i + 1}$", f"classifier.{3 * i}") for i in range(3)]
+    return tuple(rules)
+
+
+def _dense_layer(match: re.Match[str]) -> str:
+    stage, layer, kind, number = match.groups()
+    kind = "norm" if kind == "bn" else kind
+    return f"features.denseblock{int(stage) + 1}.denselayer{int(layer) + 1}.{kind}{number}"
+
+
+def _transition(match: re.Match[str]) -> str:
+    kind = "norm" if match.group(2) == "bn" else "conv"
+    return f"features.transition{int(match.group(1)) + 1}.{kind}"
+
+
+_DENSENET: Rules = (
+    (r"^stages\.(\d+)\.(\d+)\.(conv|bn)(\d)$", _dense_layer),
+    (r"^transitions\.(\d+)\.(conv|bn)$", _transition),
+    (r"^conv0$", "features.conv0"),
+    (r"^bn0$", "features.norm0"),
+    (r"^bn$", "features.norm5"),
+    (r"^fc$", "classifier"),
+)
+
 # glob over our names -> layouts
 _LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "resnet*_cifar": (
@@ -33,6 +76,20 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
         # a widespread CIFAR port: dense layer "linear", zero channels on both sides
         Layout(_DOWNSAMPLE + _LINEAR_HEAD, (("zero_channels", "both"),)),
     ),
+    "resnet[0-9]*": (Layout(_DOWNSAMPLE),),
+    "resnext*": (Layout(_DOWNSAMPLE),),
+    "wide_resnet*": (Layout(_DOWNSAMPLE),),
+    "alexnet": (Layout(_ALEXNET),),
+    "vgg16": (Layout(_vgg((2, 2, 3, 3, 3), False)),),
+    "vgg16_bn": (Layout(_vgg((2, 2, 3, 3, 3), True)),),
+    "vgg19": (Layout(_vgg((2, 2, 4, 4, 4), False)),),
+    "vgg19_bn": (Layout(_vgg((2, 2, 4, 4, 4), True)),),
+    "densenet[0-9]*": (Layout(_DENSENET),),
+    "googlenet": (Layout(efficient.GOOGLENET),),
+    "inception_v3": (Layout(efficient.INCEPTION_V3, (("count_include_pad", True),)),),
+    "inception_v4": (Layout(efficient.INCEPTION_V4),),
+    "inception_resnet_v2": (Layout(efficient.INCEPTION_RESNET_V2),),
+    "mobilenet_v2*": (Layout(efficient.MOBILENET_V2),),
 }
 
 
