@@ -148,6 +148,8 @@ class GoogLeNet(InceptionModel):
 
         heads = {"inception4a": aux, "inception4d": aux}
         self._build(config, table, unit=unit, aux=heads, rngs=rngs)
+        # the heads' dense layers read a flattened map: their rows follow its layout
+        self.flattened = tuple((f"{name}/fc1", (4, 4, 128)) for _, name in self.aux_names)
 
 
 _SHAPE = (224, 224, 3)

@@ -1,0 +1,231 @@
+"""Weights of ``keras.applications`` into the models that have a counterpart there.
+
+``mobilenet_v1``, ``mobilenet_v2``, ``xception``, ``inception_v3`` and ``inception_resnet_v2``.
+Keras has HWIO kernels and NHWC maps as we do; what differs are the names, which it numbers in
+creation order where the author gave none (``conv2d``, ``conv2d_1``, ...).
+
+The configuration must match too: `keras_fields` has the fields of the Keras networks.
+"""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from cnnjax.errors import did_you_mean
+from cnnjax.models import blocks
+
+Layers = Mapping[str, Sequence[Any]]
+
+_FIELDS: dict[str, dict[str, Any]] = {
+    "mobilenet_v1": {"activation": "relu6", "bn_epsilon": 1e-3, "bn_momentum": 0.99},
+    "mobilenet_v2": {"padding": "SAME", "bn_epsilon": 1e-3, "bn_momentum": 0.999},
+    "xception": {"dropout": 0.0},
+    "inception_v3": {"use_scale": False, "bn_momentum": 0.99, "dropout": 0.0},
+    "inception_resnet_v2": {"use_scale": False, "bn_momentum": 0.99, "dropout": 0.0},
+}
+
+# our path of a convolution (or of the whole separable layer) -> its explicit Keras name
+_RULES: dict[str, tuple[tuple[str, str], ...]] = {
+    "mobilenet_v1": (
+        (r"stem", "conv1"),
+        (r"blocks/(\d+)/depthwise", "conv_dw_{0}"),
+        (r"blocks/(\d+)/pointwise", "conv_pw_{0}"),
+        (r"fc", "conv_preds"),
+    ),
+    "mobilenet_v2": (
+        (r"stem", "Conv1"),
+        (r"blocks/0/(\w+)", "expanded_conv_{0}"),
+        (r"blocks/(\d+)/(\w+)", "block_{0}_{1}"),
+        (r"head", "Conv_1"),
+    ),
+    "xception": (
+        (r"conv(\d)", "block1_conv{0}"),
+        (r"entry/(\d+)/units/(\d+)", "block{0}_sepconv{1}"),
+        (r"middle/(\d+)/units/(\d+)", "block{0}_sepconv{1}"),
+        (r"exit/units/(\d+)", "block13_sepconv{0}"),
+        (r"tail(\d)", "block14_sepconv{0}"),
+    ),
+    "inception_v3": (),
+    "inception_resnet_v2": (
+        (r"block_a(\d+)/up", "block35_{0}_conv"),
+        (r"block_b(\d+)/up", "block17_{0}_conv"),
+        (r"block_c(\d+)/up", "block8_{0}_conv"),
+        (r"conv_7b", "conv_7b"),
+    ),
+}
+# Keras counts some of these from another number than we do
+_OFFSETS = {
+    ("mobilenet_v1", r"blocks/(\d+)/depthwise"): (1,),
+    ("mobilenet_v1", r"blocks/(\d+)/pointwise"): (1,),
+    ("xception", r"entry/(\d+)/units/(\d+)"): (2, 1),
+    ("xception", r"middle/(\d+)/units/(\d+)"): (5, 1),
+    ("xception", r"exit/units/(\d+)"): (1,),
+    ("inception_resnet_v2", r"block_a(\d+)/up"): (1,),
+    ("inception_resnet_v2", r"block_b(\d+)/up"): (1,),
+    ("inception_resnet_v2", r"block_c(\d+)/up"): (1,),
+}
+_BN_SUFFIX = {"mobilenet_v2": "_BN"}
+_AUTO = re.compile(r"(conv2d|batch_normalization)(?:_(\d+))?")
+
+
+def keras_fields(name: str) -> dict[str, Any]:
+    """Configuration fields with which ``create(name, ...)`` is the network of Keras.
+
+    Raises:
+      ValueError: if ``keras.applications`` has no such network.
+    """
+    if name not in _FIELDS:
+        raise ValueError(f"no Keras counterpart of {name!r}.{did_you_mean(name, _FIELDS)}")
+    return dict(_FIELDS[name])
+
+
+def read_keras_h5(path: str | os.PathLike[str]) -> dict[str, list[np.ndarray]]:
+    """``{layer name: arrays}`` of a Keras application's ``.h5`` weight file.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ImportError: h5py is absent.
+      ValueError: the file isn't in that format.
+    """
+    path = pathlib.Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file {str(path)!r}")
+    try:
+        import h5py  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("reading Keras' .h5 files needs h5py: pip install h5py") from error
+    text = lambda v: v.decode() if isinstance(v, bytes) else str(v)  # noqa: E731
+    with h5py.File(path, "r") as file:
+        root: Any = file.get("model_weights", file)
+        if "layer_names" not in root.attrs:
+            raise ValueError(f"{str(path)!r} has no layer_names: not a Keras application's weights")
+        return {
+            text(layer): [np.asarray(root[layer][w]) for w in root[layer].attrs["weight_names"]]
+            for layer in root.attrs["layer_names"]
+        }
+
+
+def _name(model: str, path: str) -> str | None:
+    for pattern, template in _RULES[model]:
+        if match := re.fullmatch(pattern, path):
+            groups = list(match.groups())
+            for i, offset in enumerate(_OFFSETS.get((model, pattern), ())):
+                groups[i] = str(int(groups[i]) + offset)
+            return template.format(*groups)
+    return None
+
+
+def _units(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, layer) of convolutions, units and dense layers, in the order of their creation."""
+    kinds = (blocks.ConvNorm, nnx.Conv, nnx.Linear)
+    if isinstance(module, kinds) or (hasattr(module, "pointwise") and hasattr(module, "bn")):
+        yield path, module
+        return
+    if isinstance(module, nnx.List):
+        children = [(str(i), v) for i, v in enumerate(module)]
+    else:
+        children = list(vars(module).items())
+    for name, child in children:
+        if isinstance(child, nnx.Module | nnx.List):
+            yield from _units(child, f"{path}/{name}" if path else name)
+
+
+class _Source:
+    """Hands out a file's layers: by name, or the next automatic one of a kind."""
+
+    def __init__(self, layers: Layers):
+        self.layers = {k: [np.asarray(a) for a in v] for k, v in layers.items() if len(v)}
+        self.unused = dict.fromkeys(self.layers)
+        auto: dict[str, list[tuple[int, str]]] = {"conv2d": [], "batch_normalization": []}
+        for name in self.layers:
+            if match := _AUTO.fullmatch(name):
+                auto[match.group(1)].append((int(match.group(2) or 0), name))
+        self._auto = {kind: iter([n for _, n in sorted(found)]) for kind, found in auto.items()}
+
+    def take(self, name: str | None, kind: str, path: str) -> list[np.ndarray]:
+        if name is None:
+            name = next(self._auto[kind], None)
+            if name is None:
+                raise ValueError(f"the weights hold no {kind} layer for {path!r}: another network?")
+        if name not in self.layers:
+            raise ValueError(
+                f"the weights hold no layer {name!r} (for {path!r})."
+                f"{did_you_mean(name, self.layers)}"
+            )
+        self.unused.pop(name, None)
+        return self.layers[name]
+
+
+def _assign(target: Any, value: np.ndarray, path: str, wrong: list[str]) -> None:
+    if target.shape != value.shape and value.size == target.size:
+        # depthwise (h, w, C, 1) -> (h, w, 1, C); a 1x1 convolution as the classifier
+        value = value.reshape(target.shape)
+    if target.shape != value.shape:
+        wrong.append(f"{path}: {tuple(target.shape)} here, {value.shape} in the weights")
+        return
+    target[...] = np.asarray(value, np.float32)
+
+
+def load_keras(model: Any, layers: Layers) -> Any:
+    """Copies Keras weights into ``model``, in place.
+
+    Args:
+      model: from ``create(name, **keras_fields(name))``, or with a width, class number, etc.
+      layers: ``{layer.name: layer.get_weights() for layer in keras_model.layers}``, or what
+        `read_keras_h5` returns.
+
+    Returns:
+      ``model``.
+
+    Raises:
+      ValueError: a network without a counterpart, or weights that don't fit (all mismatches are
+        listed; nothing is changed unless every layer is there).
+    """
+    name = model.provenance.name if model.provenance is not None else type(model).__name__
+    base = next((k for k in _RULES if name == k or name.startswith(f"{k}_")), None)
+    if base is None or name.endswith("_paper"):
+        raise ValueError(f"no Keras counterpart of {name!r}.{did_you_mean(name, _RULES)}")
+    source, wrong = _Source(layers), []
+    plan: list[tuple[Any, np.ndarray, str]] = []
+    for path, unit in _units(model):
+        keras = _name(base, path)
+        if isinstance(unit, nnx.Linear):
+            kernel, bias = source.take(keras or "predictions", "dense", path)
+            plan += [(unit.kernel, kernel, f"{path}/kernel"), (unit.bias, bias, f"{path}/bias")]
+            continue
+        arrays = source.take(keras, "conv2d", path)
+        if hasattr(unit, "pointwise"):
+            targets = [unit.depthwise.kernel, unit.pointwise.kernel]
+        else:
+            conv = unit if isinstance(unit, nnx.Conv) else unit.conv
+            targets = [conv.kernel, *([conv.bias] if conv.bias is not None else [])]
+        norm = getattr(unit, "bn", None)
+        if norm is not None:
+            suffix = _BN_SUFFIX.get(base, "_bn")
+            bn_name = keras and f"{keras}{suffix}"
+            if base == "mobilenet_v2" and keras in ("Conv1", "Conv_1"):
+                bn_name = {"Conv1": "bn_Conv1", "Conv_1": "Conv_1_bn"}[keras]
+            arrays = [*arrays, *source.take(bn_name, "batch_normalization", path)]
+            targets += [v for v in (norm.scale, norm.bias, norm.mean, norm.var) if v is not None]
+        if len(arrays) != len(targets):
+            wrong.append(f"{path}: {len(targets)} arrays here, {len(arrays)} in the weights")
+        plan += [(t, a, path) for t, a in zip(targets, arrays)]
+    if source.unused:
+        wrong.append(f"left over in the weights: {', '.join(source.unused)}")
+    wrong += [
+        f"{path}: {tuple(t.shape)} here, {a.shape} in the weights"
+        for t, a, path in plan
+        if t.shape != a.shape and t.size != a.size
+    ]
+    if wrong:
+        raise ValueError(f"these weights don't fit {name!r}:\n  " + "\n  ".join(wrong))
+    for target, array, path in plan:
+        _assign(target, array, path, wrong)
+    return model

@@ -1,0 +1,270 @@
+"""Whole networks against other libraries' with the same random weights, where installed."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from cnnjax import models, tree
+from cnnjax.models import keras_layers, keymaps
+
+KERAS = {
+    "mobilenet_v1": ("MobileNet", 64),
+    "mobilenet_v2": ("MobileNetV2", 64),
+    "xception": ("Xception", 75),
+    "inception_v3": ("InceptionV3", 96),
+    "inception_resnet_v2": ("InceptionResNetV2", 96),
+}
+
+
+def _forward(model: Any, x: np.ndarray) -> np.ndarray:
+    model.eval()
+    graphdef, state = nnx.split(model)
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(jax.jit(lambda s, x: nnx.merge(graphdef, s)(x))(state, x))
+
+
+def _random_arrays(arrays: list[np.ndarray], rng: np.random.Generator) -> list[np.ndarray]:
+    """Random weights of a size that keeps activations near 1, whatever the layer."""
+    out = []
+    for i, a in enumerate(arrays):
+        if a.ndim > 1:
+            fan = np.prod(a.shape[:-1]) if a.shape[-1] != 1 else np.prod(a.shape[:2])
+            out.append(rng.standard_normal(a.shape) * np.sqrt(2 / fan))
+        elif len(arrays) >= 3 and i in (len(arrays) - 1, len(arrays) - 4):
+            out.append(rng.uniform(0.7, 1.3, a.shape))  # variance, gamma
+        else:
+            out.append(rng.standard_normal(a.shape) * 0.1)
+    return [v.astype(np.float32) for v in out]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", KERAS)
+def test_keras(name):
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras")
+    build, size = KERAS[name]
+    reference = getattr(keras.applications, build)(
+        weights=None, input_shape=(size, size, 3), classes=7, classifier_activation=None
+    )
+    rng = np.random.default_rng(0)
+    for layer in reference.layers:
+        weights = layer.get_weights()
+        if weights:
+            layer.set_weights(_random_arrays(weights, rng))
+    fields = keras_layers.keras_fields(name)
+    model = models.create(name, num_classes=7, rngs=nnx.Rngs(0), **fields)
+    keras_layers.load_keras(model, {v.name: v.get_weights() for v in reference.layers})
+    x = rng.uniform(-1, 1, (2, size, size, 3)).astype(np.float32)
+    with jax.default_matmul_precision("highest"):
+        want = np.asarray(reference(x, training=False))
+    got = _forward(model, x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
+    assert np.abs(want[0] - want[1]).max() > 1e-3 * np.abs(want).max()  # not degenerate
+    # trainable scalars as Keras counts them
+    params = sum(v.size for v in jax.tree.leaves(nnx.state(model, nnx.Param)))
+    assert params == sum(int(np.prod(v.shape)) for v in reference.trainable_weights)
+
+
+def test_keras_weights_that_do_not_fit():
+    model = models.create("mobilenet_v1_025", num_classes=3, rngs=nnx.Rngs(0))
+    before = np.asarray(model.fc.bias[...])
+    with pytest.raises(ValueError, match="no layer 'conv1'"):
+        keras_layers.load_keras(model, {"Conv1": [np.zeros((3, 3, 3, 8))]})
+    layers: dict[str, Any] = {"conv1": [np.zeros((3, 3, 3, 8))]}
+    layers["conv1_bn"] = [np.ones(8)] * 4
+    for i, (a, b) in enumerate(((8, 16), (16, 32), (32, 32), (32, 64), (64, 64), (64, 128)), 1):
+        layers |= _separable(i, a, b)
+    for i in range(7, 12):
+        layers |= _separable(i, 128, 128)
+    layers |= _separable(12, 128, 256) | _separable(13, 256, 256)
+    layers["conv_preds"] = [np.zeros((1, 1, 256, 4)), np.ones(4)]
+    layers["extra"] = [np.zeros(2)]
+    with pytest.raises(ValueError, match=r"left over in the weights: extra(?s:.*)fc/bias: \(3,\)"):
+        keras_layers.load_keras(model, layers)
+    np.testing.assert_array_equal(model.fc.bias[...], before)
+    layers["conv_preds"] = [np.zeros((1, 1, 256, 3)), np.ones(3)]
+    del layers["extra"]
+    keras_layers.load_keras(model, layers)
+    np.testing.assert_array_equal(model.fc.bias[...], 1.0)
+    with pytest.raises(ValueError, match="no Keras counterpart of 'googlenet'"):
+        keras_layers.keras_fields("googlenet")
+    with pytest.raises(ValueError, match="no Keras counterpart"):
+        keras_layers.load_keras(models.abstract("nin_cifar"), {})
+
+
+def _separable(i: int, a: int, b: int) -> dict[str, Any]:
+    return {
+        f"conv_dw_{i}": [np.zeros((3, 3, a, 1))],
+        f"conv_dw_{i}_bn": [np.ones(a)] * 4,
+        f"conv_pw_{i}": [np.zeros((1, 1, a, b))],
+        f"conv_pw_{i}_bn": [np.ones(b)] * 4,
+    }
+
+
+def test_keras_file(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "w.h5"
+    kernel = np.arange(6.0).reshape(2, 3)
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [b"fc", b"relu"]
+        file.create_group("relu").attrs["weight_names"] = []
+        group = file.create_group("fc")
+        group.attrs["weight_names"] = [b"fc/kernel:0"]
+        group.create_dataset("fc/kernel:0", data=kernel)
+    layers = keras_layers.read_keras_h5(path)
+    assert set(layers) == {"fc", "relu"}
+    np.testing.assert_array_equal(layers["fc"][0], kernel)
+    with pytest.raises(FileNotFoundError, match="no weight file"):
+        keras_layers.read_keras_h5(tmp_path / "none.h5")
+
+
+# their names of some modules, and how many arrays with a name of their own there are
+NAMES: dict[str, tuple[set[str], dict[str, Any]]] = {
+    "googlenet": (
+        {
+            "conv1.conv",
+            "inception3a.branch1.conv",
+            "inception3a.branch2.0.bn",
+            "inception4e.branch3.1.conv",
+            "inception5b.branch4.1.conv",
+            "aux1.conv.conv",
+            "aux2.fc1",
+            "fc",
+        },
+        {"aux_heads": True},
+    ),
+    "inception_v3": (
+        {
+            "Conv2d_1a_3x3.conv",
+            "Conv2d_3b_1x1.bn",
+            "Mixed_5b.branch5x5_2.conv",
+            "Mixed_5d.branch3x3dbl_3.conv",
+            "Mixed_6a.branch3x3.conv",
+            "Mixed_6e.branch7x7dbl_5.bn",
+            "Mixed_7a.branch7x7x3_4.conv",
+            "Mixed_7c.branch3x3dbl_3b.conv",
+            "Mixed_7b.branch_pool.conv",
+            "AuxLogits.conv0.conv",
+            "AuxLogits.fc",
+            "fc",
+        },
+        {"aux_heads": True},
+    ),
+    "inception_v4": (
+        {
+            "features.0.conv",
+            "features.3.conv.conv",
+            "features.4.branch1.3.bn",
+            "features.5.conv.conv",
+            "features.6.branch3.1.conv",
+            "features.10.branch0.conv",
+            "features.11.branch2.4.conv",
+            "features.18.branch1.3.conv",
+            "features.21.branch2_3b.conv",
+            "last_linear",
+        },
+        {},
+    ),
+    "inception_resnet_v2": (
+        {
+            "conv2d_4a.conv",
+            "mixed_5b.branch2.2.bn",
+            "repeat.9.branch2.2.conv",
+            "repeat.0.conv2d",
+            "mixed_6a.branch1.2.conv",
+            "repeat_1.19.branch0.conv",
+            "mixed_7a.branch2.2.conv",
+            "repeat_2.8.branch1.2.conv",
+            "block8.conv2d",
+            "conv2d_7b.bn",
+            "classif",
+        },
+        {},
+    ),
+    "mobilenet_v2": (
+        {
+            "features.0.0",
+            "features.1.conv.0.0",
+            "features.1.conv.1",
+            "features.1.conv.2",
+            "features.2.conv.0.1",
+            "features.17.conv.1.0",
+            "features.17.conv.3",
+            "features.18.1",
+            "classifier.1",
+        },
+        {},
+    ),
+}
+HEAVY = {"inception_v4", "inception_resnet_v2"}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in HEAVY else []) for n in NAMES]
+)
+def test_torch_names(name):
+    expected, fields = NAMES[name]
+    model = models.abstract(name, **fields)
+    ours = {
+        path.rpartition("/")[0].replace("/", ".")
+        for path in tree.flatten(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
+    }
+    rules = keymaps.layouts_of(name)[0].rules
+    theirs = {keymaps.apply(rules, module) for module in ours}
+    assert len(theirs) == len(ours)
+    assert expected <= theirs
+    assert not [n for n in theirs if "steps" in n or "branches" in n]
+
+
+TORCH = {
+    # ours: (package, builder, options there, size, fields here)
+    "googlenet": ("torchvision.models", "googlenet", {"aux_logits": False}, 64, {}),
+    "inception_v3": (
+        "torchvision.models",
+        "inception_v3",
+        {"aux_logits": False},
+        96,
+        {"count_include_pad": True},
+    ),
+    "mobilenet_v2": ("torchvision.models", "mobilenet_v2", {}, 64, {}),
+    "inception_v4": ("timm.models", "inception_v4", {}, 96, {}),
+    "inception_resnet_v2": ("timm.models", "inception_resnet_v2", {}, 96, {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", TORCH)
+def test_torch(name):
+    package, build, options, size, fields = TORCH[name]
+    torch = pytest.importorskip("torch")
+    library = pytest.importorskip(package)
+    torch.manual_seed(0)
+    if package.startswith("torchvision"):
+        options = {**options, "weights": None}
+        if name != "mobilenet_v2":
+            options["init_weights"] = True
+    reference = getattr(library, build)(num_classes=7, **options).eval()
+    weights = {}
+    for key, value in reference.state_dict().items():
+        if key.endswith("num_batches_tracked"):
+            continue
+        if key.endswith("running_var") or (value.ndim == 1 and key.endswith("weight")):
+            value.uniform_(0.7, 1.3)
+        elif value.ndim == 1:
+            value.normal_(0, 0.1)
+        weights[key] = value.numpy()
+    model = models.create(name, num_classes=7, rngs=nnx.Rngs(0), **fields)
+    models.load_weights(model, weights)
+    x = np.random.default_rng(0).standard_normal((2, size, size, 3)).astype(np.float32)
+    with torch.no_grad():
+        want = reference(torch.from_numpy(x.transpose(0, 3, 1, 2).copy())).numpy()
+    got = _forward(model, x)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * np.abs(want).max())
