@@ -265,13 +265,15 @@ def prune_smallest(
         return [k > cut[p] for k, p in zip(keys, pools)]
 
     def with_ties() -> list[Array]:
+        # one running count over all arrays: a scan per array would compile for ages
+        flags = [(k == cut[p]).ravel() for k, p in zip(keys, pools)]
+        running = jnp.cumsum(jnp.concatenate(flags), dtype=jnp.int32)
         seen = [jnp.int32(0)] * counts.shape[0]
-        out = []
-        for k, p, n in zip(keys, pools, ties):
-            tie = (k == cut[p]).ravel()
-            rank = jnp.cumsum(tie, dtype=jnp.int32) + seen[p]
+        start, before, out = 0, jnp.int32(0), []
+        for k, p, tie, n in zip(keys, pools, flags, ties):
+            rank = running[start : start + tie.size] - before + seen[p]
             out.append((k > cut[p]) | (tie & (rank <= kept_ties[p])).reshape(k.shape))
-            seen[p] = seen[p] + n
+            start, before, seen[p] = start + tie.size, before + n, seen[p] + n
         return out
 
     return jax.lax.cond(jnp.any(kept_ties > 0), with_ties, without_ties)
