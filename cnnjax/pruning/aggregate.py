@@ -14,11 +14,12 @@ from cnnjax.tree import flatten
 
 PyTree = Any
 REDUCE: dict[str, Callable[..., Any]] = {
-    "sum": lambda x, axis: x.sum(axis),
-    "mean": lambda x, axis: x.mean(axis),
+    # accumulated in float64 without a copy of the scores in float64
+    "sum": lambda x, axis: x.sum(axis, dtype=np.float64),
+    "mean": lambda x, axis: x.mean(axis, dtype=np.float64),
     "max": lambda x, axis: x.max(axis),
     "min": lambda x, axis: x.min(axis),
-    "l2": lambda x, axis: np.sqrt((x**2).sum(axis)),
+    "l2": lambda x, axis: np.sqrt(np.square(x).sum(axis, dtype=np.float64)),
 }
 NORMALIZE = ("none", "mean", "max", "sum", "l2", "standard")
 
@@ -50,7 +51,9 @@ def score_atoms(
             raise KeyError(
                 f"scores for {path!r}, which is no variable.{did_you_mean(path, graph.shapes)}"
             )
-        values = np.asarray(jax.device_get(leaf), np.float64)
+        values = np.asarray(jax.device_get(leaf))
+        if values.dtype not in (np.float32, np.float64):
+            values = values.astype(np.float64)
         for axis, vector in _vectors(graph, path, values, within):
             labels = graph.axes[path, axis].labels
             on = labels >= 0
@@ -92,6 +95,8 @@ def _vectors(
             if making[-1] in axes:
                 yield making[-1], values
             return
+        if shape and len(values) == shape[-1]:
+            return  # the last axis is contracted: a score of what is read, not of what is made
     raise ValueError(
         f"the scores of {path!r} have shape {values.shape}; expected {shape} (every weight) or one "
         "number for each channel of the last axis that is not contracted"

@@ -33,12 +33,12 @@ class Cut:
       index: ``{path: {axis: positions}}`` of the axes that change, in the order that the shrunk
         program needs; a 2-d array gives the positions for each conv-group.
       outputs: for a variable with such an array: the axis that the conv-groups partition.
-      static: attributes of modules that the shapes don't tell.
+      blank: the shrunk model with abstract leaves, as the label check proved it.
     """
 
     index: Mapping[str, Mapping[int, np.ndarray]]
     outputs: Mapping[str, int]
-    static: Mapping[str, Mapping[str, Any]]
+    blank: nnx.Module
 
     def __call__(self, path: str, leaf: Any) -> Any:
         """The cut of one array of a variable's shape; works on abstract and traced arrays."""
@@ -70,7 +70,7 @@ def _take_grouped(
     return np.take_along_axis(leaf, where, axis=d)
 
 
-def cut(model: nnx.Module, graph: Graph, keep: Keep | np.ndarray) -> Cut:
+def cut(model: nnx.Module | surgery.Parts, graph: Graph, keep: Keep | np.ndarray) -> Cut:
     """The cut of a decision, proved by the label check.
 
     Args:
@@ -87,21 +87,23 @@ def cut(model: nnx.Module, graph: Graph, keep: Keep | np.ndarray) -> Cut:
     """
     alive = _alive(keep)
     check_keep(graph, alive)
-    found = {path: tuple(leaf.shape) for path, leaf in surgery.leaves(model).items()}
+    taken = model if isinstance(model, surgery.Parts) else surgery.parts(model)
+    found = {path: tuple(leaf.shape) for path, leaf in taken.leaves.items()}
     if found != dict(graph.shapes):
         wrong = [p for p in {**found, **graph.shapes} if found.get(p) != graph.shapes.get(p)]
         raise ValueError(
             f"the graph was traced from another model: {wrong[0]!r} has shape "
             f"{found.get(wrong[0])} here and {graph.shapes.get(wrong[0])} in the graph"
         )
-    static = _static(model, graph, alive)
-    blank = surgery.abstract(model)
     shapes = {}
     for path, shape in graph.shapes.items():
         new = tuple(graph.axes[path, d].kept(alive).shape[-1] for d in range(len(shape)))
         if new != shape:
             shapes[path] = jax.ShapeDtypeStruct(new, graph.dtypes[path])
-    order = label_check(surgery.rebuild(blank, shapes, static=static), graph, alive)
+    blank = surgery.rebuild(
+        taken, shapes, static=_static(taken.model, graph, alive), why="shrink", abstract=True
+    )
+    order = label_check(blank, graph, alive)
     index: dict[str, dict[int, np.ndarray]] = {}
     outputs: dict[str, int] = {}
     for path, shape in graph.shapes.items():
@@ -115,7 +117,7 @@ def cut(model: nnx.Module, graph: Graph, keep: Keep | np.ndarray) -> Cut:
             elif np.array_equal(positions, np.arange(n)):
                 continue
             index.setdefault(path, {})[d] = positions
-    return Cut(index, outputs, static)
+    return Cut(index, outputs, blank)
 
 
 def _alive(keep: Keep | np.ndarray) -> np.ndarray:
@@ -123,16 +125,23 @@ def _alive(keep: Keep | np.ndarray) -> np.ndarray:
 
 
 def _static(model: nnx.Module, graph: Graph, alive: np.ndarray) -> dict[str, dict[str, Any]]:
-    """The conv-group counts that remain."""
+    """The counts of conv-groups and of normalization groups that are left."""
     out: dict[str, dict[str, Any]] = {}
     modules = surgery.modules(model)
     for c in graph.constraints:
-        if c.kind != "grouped" or c.path is None:
+        owner = modules.get(c.path or "")
+        if c.kind == "grouped" and hasattr(owner, "feature_group_count"):
+            left = int((c.counts(alive)[0] > 0).sum())
+            if left != len(c.parts):
+                out[str(c.path)] = {"feature_group_count": left}
+    for path, module in modules.items():
+        prefix = f"{path}/" if path else ""
+        if not isinstance(module, nnx.GroupNorm):
             continue
-        left = int((c.counts(alive)[0] > 0).sum())
-        owner = modules.get(c.path)
-        if left != len(c.parts) and hasattr(owner, "feature_group_count"):
-            out[c.path] = {"feature_group_count": left}
+        leaf = next((n for n in ("scale", "bias") if f"{prefix}{n}" in graph.shapes), None)
+        if leaf is not None:
+            kept = graph.axes[f"{prefix}{leaf}", 0].kept(alive)
+            out[path] = {"num_groups": len(np.unique(kept // module.group_size))}
     return out
 
 
@@ -170,11 +179,10 @@ def shrink(
       ProofError: if the numbers differ.
     """
     alive = _alive(keep)
-    how = cut(model, graph, alive)
-    old = surgery.leaves(model)
-    small = surgery.rebuild(
-        model, {p: how(p, old[p]) for p in how.index}, static=how.static, why="shrink"
-    )
+    taken = surgery.parts(model)
+    how = cut(taken, graph, alive)
+    old = taken.leaves
+    small = surgery.fill(how.blank, {p: how(p, leaf) for p, leaf in old.items()})
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in old.values())
     statistic = next((g for g in graph.groups if g.statistic and not alive[g.atoms].all()), None)
     if check and abstract:

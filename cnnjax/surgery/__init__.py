@@ -9,6 +9,7 @@ from cnnjax.surgery import flax_layers as _flax_layers  # noqa: F401  registers 
 from cnnjax.surgery.describe import Identity, build, describe, differences
 from cnnjax.surgery.edit import (
     edit,
+    fill,
     kinds,
     rebuild,
     remove,
@@ -20,11 +21,12 @@ from cnnjax.surgery.edit import (
 from cnnjax.surgery.encode import NotEncodable
 from cnnjax.surgery.layers import register, registered
 from cnnjax.surgery.record import Record, add_edit, base_of, edits_of, record_of, set_base
-from cnnjax.surgery.walk import abstract, copy, leaves, map_leaves, module_at, modules
+from cnnjax.surgery.walk import Parts, abstract, copy, leaves, map_leaves, module_at, modules, parts
 
 __all__ = [
     "Identity",
     "NotEncodable",
+    "Parts",
     "Record",
     "abstract",
     "add_edit",
@@ -35,11 +37,13 @@ __all__ = [
     "differences",
     "edit",
     "edits_of",
+    "fill",
     "kinds",
     "leaves",
     "map_leaves",
     "module_at",
     "modules",
+    "parts",
     "rebuild",
     "record_of",
     "register",

@@ -56,21 +56,23 @@ def kinds() -> tuple[str, ...]:
 
 
 def rebuild(
-    model: nnx.Module,
+    model: nnx.Module | walk.Parts,
     leaves: Mapping[str, Any],
     *,
     static: Mapping[str, Mapping[str, Any]] | None = None,
     why: str = "rebuild",
+    abstract: bool = False,
 ) -> nnx.Module:
     """A new model with other leaves and the static attributes that follow from them.
 
     Args:
-      model: any NNX module; untouched.
+      model: any NNX module (or what `parts` made of it); untouched.
       leaves: ``{path: array}`` (or ``ShapeDtypeStruct``) of the variables that change, of any shape
         with the same rank and dtype.
       static: ``{module path: {attribute: value}}`` to set where the shapes alone don't say it, e.g.
         the ``feature_group_count`` after whole groups were removed.
       why: a word for the record, e.g. ``"shrink"``.
+      abstract: give the result ``ShapeDtypeStruct`` leaves throughout; `fill` puts numbers in.
 
     Returns:
       The new model. Its edit ``"rebuild"`` holds the new shapes and attributes.
@@ -80,7 +82,8 @@ def rebuild(
       ValueError: if a leaf has another rank or dtype, or a layer can't take its new shape, or its
         type is unknown and would go stale (see `register`).
     """
-    old = walk.leaves(model)
+    taken = model if isinstance(model, walk.Parts) else walk.parts(model)
+    old = taken.leaves
     for path, leaf in leaves.items():
         if path not in old:
             raise KeyError(f"no variable at {path!r}.{did_you_mean(path, old)}")
@@ -91,8 +94,11 @@ def rebuild(
             )
         if leaf.dtype != old[path].dtype:
             raise ValueError(f"{path}: dtype {leaf.dtype}, expected {old[path].dtype}")
-    new = walk.map_leaves(model, lambda path, leaf: leaves.get(path, leaf))
-    changed = layers.mend(new, old, walk.leaves(new), static)
+    after = {**old, **leaves}
+    if abstract:
+        after = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in after.items()}
+    new = taken.build(after)
+    changed = layers.mend(new, old, after, static)
     shapes = {
         p: list(map(int, leaf.shape))
         for p, leaf in leaves.items()
@@ -101,6 +107,16 @@ def rebuild(
     if shapes or changed:
         add_edit(new, "rebuild", shapes=shapes, static=_encode_static(changed), why=why)
     return new
+
+
+def fill(model: nnx.Module, leaves: Mapping[str, Any]) -> nnx.Module:
+    """A new model with the same structure and record and other leaves of the same shapes.
+
+    Args:
+      model: e.g. the abstract result of a `rebuild`; untouched.
+      leaves: ``{path: array}``; leaves that it lacks stay as they are.
+    """
+    return walk.map_leaves(model, lambda path, leaf: leaves.get(path, leaf))
 
 
 @edit("rebuild")

@@ -129,7 +129,7 @@ def mend(
         touched = list(touched_at.get(path, ()))
         if not touched and not given:
             continue
-        was = statics(module)
+        was = dict(vars(module))
         for attribute, value in given.items():
             setattr(module, attribute, value)
         rule = rule_of(type(module))
@@ -140,8 +140,12 @@ def mend(
                 raise ValueError(f"{path or 'the root'}: {error}") from error
         elif touched:
             _refuse_stale(module, path, before, new, [p for p in touched if "/" not in p], given)
-        now = statics(module)
-        if diff := {k: v for k, v in now.items() if k not in was or was[k] != v}:
+        # only attributes that were set anew can differ; variables are never set here
+        if diff := {
+            k: v
+            for k, v in vars(module).items()
+            if v is not was.get(k) and not k.startswith("_pytree__") and v != was.get(k)
+        }:
             report[path] = diff
     if static:
         raise KeyError(f"no module at {sorted(static)[0]!r} to set attributes on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,14 +11,42 @@ from flax import nnx
 
 from cnnjax.errors import did_you_mean
 from cnnjax.surgery.record import ATTRIBUTE
-from cnnjax.tree import flatten, path_string
+from cnnjax.tree import flatten
 
 Shape = tuple[int, ...]
 
 
 def modules(model: nnx.Module) -> dict[str, nnx.Module]:
-    """``{path: module}``, children before their parents; the root has the path ``""``."""
-    return {"/".join(map(str, path)): m for path, m in nnx.iter_modules(model)}
+    """``{path: module}``, children before their parents; the root has the path ``""``.
+
+    A module that sits at several places has the path of the first.
+    """
+    found: dict[str, nnx.Module] = {}
+    seen: set[int] = set()
+
+    def visit(node: Any, path: tuple[str, ...]) -> None:
+        if isinstance(node, nnx.Module):
+            if id(node) in seen:
+                return
+            seen.add(id(node))
+            # names in order, as NNX walks them
+            for name in sorted(vars(node), key=_order):
+                if not name.startswith("_pytree__"):
+                    visit(vars(node)[name], (*path, name))
+            found["/".join(path)] = node
+        elif isinstance(node, list | tuple):
+            for i, child in enumerate(node):
+                visit(child, (*path, str(i)))
+        elif isinstance(node, dict):
+            for name, child in node.items():
+                visit(child, (*path, str(name)))
+
+    visit(model, ())
+    return found
+
+
+def _order(name: str) -> tuple[int, int, str]:
+    return (0, int(name), "") if name.isdigit() else (1, 0, name)
 
 
 def module_at(model: nnx.Module, path: str) -> nnx.Module:
@@ -58,17 +87,35 @@ def statics(module: nnx.Module) -> dict[str, Any]:
     }
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """A model taken apart once: structure and leaves by path; ``model`` is the one taken apart."""
+
+    model: nnx.Module
+    graphdef: Any
+    treedef: Any
+    leaves: dict[str, Any]
+
+    def build(self, leaves: Mapping[str, Any]) -> nnx.Module:
+        """A new module of the same structure; shares no variable with the original."""
+        # the unflattening rebuilds every variable: nnx.merge(graphdef, state) would share them
+        state = jax.tree.unflatten(self.treedef, [leaves[p] for p in self.leaves])
+        return nnx.merge(self.graphdef, state)
+
+
+def parts(model: nnx.Module) -> Parts:
+    """Takes a model apart."""
+    graphdef, state = nnx.split(model)
+    return Parts(model, graphdef, jax.tree.structure(state), flatten(state))
+
+
 def map_leaves(model: nnx.Module, fn: Callable[[str, Any], Any]) -> nnx.Module:
     """A new module of the same structure whose leaves are ``fn(path, leaf)``.
 
     No variable of the input is shared with the result.
     """
-    graphdef, state = nnx.split(model)
-    # the map rebuilds every variable: nnx.merge(graphdef, state) alone would share them
-    state = jax.tree_util.tree_map_with_path(
-        lambda keypath, leaf: fn(path_string(keypath), leaf), state
-    )
-    return nnx.merge(graphdef, state)
+    taken = parts(model)
+    return taken.build({path: fn(path, leaf) for path, leaf in taken.leaves.items()})
 
 
 def abstract(model: nnx.Module) -> nnx.Module:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from cnnjax.pruning.importance.registry import register
 from cnnjax.tree import flatten, nest
@@ -19,6 +20,14 @@ def _kernels(params: PyTree) -> dict[str, Any]:
     if not kernels:
         raise ValueError("the parameters hold no kernel (no leaf with two or more axes)")
     return kernels
+
+
+def _map(host: Any, traced: Any, leaves: dict[str, Any]) -> dict[str, Any]:
+    # on the host unless traced: selection reads scores there, and every shape would compile
+    return {
+        p: traced(x) if isinstance(x, jax.core.Tracer) else host(np.asarray(x))
+        for p, x in leaves.items()
+    }
 
 
 @register("l1")
@@ -37,7 +46,7 @@ def l1(params: PyTree) -> PyTree:
     Raises:
       ValueError: if there is no kernel.
     """
-    return nest(jax.tree.map(jnp.abs, _kernels(params)))
+    return nest(_map(np.abs, jnp.abs, _kernels(params)))
 
 
 @register("l2")
@@ -52,7 +61,7 @@ def l2(params: PyTree) -> PyTree:
     Raises:
       ValueError: if there is no kernel.
     """
-    return nest(jax.tree.map(jnp.square, _kernels(params)))
+    return nest(_map(np.square, jnp.square, _kernels(params)))
 
 
 @register("random")
@@ -89,10 +98,10 @@ def bn_scale(params: PyTree, *, scale: str = "scale") -> PyTree:
       ValueError: if no one-axis leaf has that name.
     """
     found = {
-        p: jnp.abs(leaf)
+        p: leaf
         for p, leaf in flatten(params).items()
         if p.rpartition("/")[2] == scale and jnp.ndim(leaf) == 1
     }
     if not found:
         raise ValueError(f"the parameters hold no normalization scale named {scale!r}")
-    return nest(found)
+    return nest(_map(np.abs, jnp.abs, found))
