@@ -12,7 +12,7 @@ variable gets some noise, the same in both networks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -20,9 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnnjax import surgery
 from cnnjax.graph import Graph
 from cnnjax.graph.tracing import functional
+from cnnjax.tree import flatten
+
+Program = Callable[[Mapping[str, Any], tuple[Any, ...]], Any]
 
 TOLERANCE = 1e-5
 _LOW_PRECISION = 5e-2  # where the model itself computes in 16 bits
@@ -33,11 +35,12 @@ class ProofError(ValueError):
 
 
 def prove_equal(
-    model: nnx.Module,
+    full: Program,
+    small: Program,
+    leaves: Mapping[str, Any],
     graph: Graph,
     alive: np.ndarray,
     cut: Callable[[str, Any], Any],
-    small: nnx.Module,
     *,
     inputs: tuple[Any, ...] | None = None,
     seed: int = 0,
@@ -46,11 +49,12 @@ def prove_equal(
     """Runs both networks in evaluation mode on random numbers and compares all outputs.
 
     Args:
-      model: the original.
+      full: the original as a function of ``{path: array}`` and a tuple of inputs; see `program_of`.
+      small: the shrunk network, likewise.
+      leaves: the original's variables by path.
       graph: of the original.
       alive: the decision.
-      cut: ``cut(path, array)``: how `small`'s arrays follow from the original's.
-      small: the shrunk network.
+      cut: ``cut(path, array)``: how the shrunk network's arrays follow from the original's.
       inputs: example inputs or their shapes; those of ``graph`` by default.
       seed: of the random numbers.
       tolerance: largest difference, relative to the largest output.
@@ -62,22 +66,39 @@ def prove_equal(
       ProofError: if the outputs differ by more than the tolerance.
     """
     rng = np.random.default_rng(seed)
-    full = {p: _noisy(rng, leaf) for p, leaf in surgery.leaves(model).items()}
+    noisy = {p: _noisy(rng, leaf) for p, leaf in leaves.items()}
     args = tuple(jax.tree.map(lambda x: _random(rng, x), i) for i in inputs or graph.inputs)
-    run_small, low = _runner(small, args)
-    run_full, _ = _runner(model, args)
-    got = run_small({p: cut(p, leaf) for p, leaf in full.items()}, args)
+    halves = {p: cut(p, leaf) for p, leaf in noisy.items()}
+    got = _run(small, halves, args)
+    low = _low_precision(str(jax.make_jaxpr(small)(halves, args)))
     allowed = max(tolerance, _LOW_PRECISION) if low else tolerance
     worst = np.inf
     for producers in (False, True):
-        gated = {p: gate(p, leaf, graph, alive, producers=producers) for p, leaf in full.items()}
-        worst = min(worst, _difference(got, run_full(gated, args)))
+        gated = {p: gate(p, leaf, graph, alive, producers=producers) for p, leaf in noisy.items()}
+        worst = min(worst, _difference(got, _run(full, gated, args)))
         if worst <= allowed:
             return worst
     raise ProofError(
         f"the shrunk network differs from the gated one by {worst:.2e} of its largest output "
         f"(allowed: {allowed:.0e}); please report the model. check=False skips this check"
     )
+
+
+def program_of(model: nnx.Module) -> Program:
+    """An NNX module in evaluation mode as a function of ``{path: array}`` and inputs."""
+    fn, state = functional(model)
+    paths, treedef = list(flatten(state)), jax.tree.structure(state)
+
+    def run(leaves: Mapping[str, Any], args: tuple[Any, ...]) -> Any:
+        return fn(jax.tree.unflatten(treedef, [leaves[p] for p in paths]), *args)
+
+    return run
+
+
+def _run(program: Program, leaves: Mapping[str, Any], args: tuple[Any, ...]) -> list[np.ndarray]:
+    with jax.default_matmul_precision("highest"):
+        outs = jax.jit(program)(dict(leaves), args)
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(outs)]
 
 
 def gate(path: str, leaf: Any, graph: Graph, alive: np.ndarray, *, producers: bool = False) -> Any:
@@ -102,24 +123,6 @@ def gate(path: str, leaf: Any, graph: Graph, alive: np.ndarray, *, producers: bo
             shape[d] = len(mask)
         out = out * mask.reshape(shape).astype(out.dtype)
     return out
-
-
-def _runner(model: nnx.Module, args: tuple[Any, ...]) -> tuple[Callable[..., Any], bool]:
-    """(a jitted function of ``{path: array}`` and inputs, whether it computes in 16 bits)."""
-    fn, state = functional(model)
-    paths = list(surgery.leaves(model))
-    treedef = jax.tree.structure(state)
-
-    def run(leaves: list[Any], args: tuple[Any, ...]) -> Any:
-        return fn(jax.tree.unflatten(treedef, leaves), *args)
-
-    def call(leaves: dict[str, Any], args: tuple[Any, ...]) -> list[np.ndarray]:
-        with jax.default_matmul_precision("highest"):
-            outs = jax.jit(run)([leaves[p] for p in paths], args)
-        return [np.asarray(x, np.float64) for x in jax.tree.leaves(outs)]
-
-    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in surgery.leaves(model).values()]
-    return call, _low_precision(str(jax.make_jaxpr(run)(shapes, args)))
 
 
 def _low_precision(program: str) -> bool:

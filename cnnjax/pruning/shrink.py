@@ -19,7 +19,7 @@ from flax import nnx
 from cnnjax import surgery
 from cnnjax.graph import Graph, label_check
 from cnnjax.pruning.keep import Keep, check_keep
-from cnnjax.pruning.proof import prove_equal
+from cnnjax.pruning.proof import program_of, prove_equal
 from cnnjax.tree import flatten, map_with_path
 
 PyTree = Any
@@ -38,7 +38,7 @@ class Cut:
 
     index: Mapping[str, Mapping[int, np.ndarray]]
     outputs: Mapping[str, int]
-    blank: nnx.Module
+    blank: Any
 
     def __call__(self, path: str, leaf: Any) -> Any:
         """The cut of one array of a variable's shape; works on abstract and traced arrays."""
@@ -95,15 +95,27 @@ def cut(model: nnx.Module | surgery.Parts, graph: Graph, keep: Keep | np.ndarray
             f"the graph was traced from another model: {wrong[0]!r} has shape "
             f"{found.get(wrong[0])} here and {graph.shapes.get(wrong[0])} in the graph"
         )
+    shapes = cut_shapes(graph, alive)
+    blank = surgery.rebuild(
+        taken, shapes, static=_static(taken.model, graph, alive), why="shrink", abstract=True
+    )
+    return Cut(*cut_index(graph, label_check(blank, graph, alive)), blank)
+
+
+def cut_shapes(graph: Graph, alive: np.ndarray) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of the variables that a decision makes smaller."""
     shapes = {}
     for path, shape in graph.shapes.items():
         new = tuple(graph.axes[path, d].kept(alive).shape[-1] for d in range(len(shape)))
         if new != shape:
             shapes[path] = jax.ShapeDtypeStruct(new, graph.dtypes[path])
-    blank = surgery.rebuild(
-        taken, shapes, static=_static(taken.model, graph, alive), why="shrink", abstract=True
-    )
-    order = label_check(blank, graph, alive)
+    return shapes
+
+
+def cut_index(
+    graph: Graph, order: Mapping[tuple[str, int], np.ndarray]
+) -> tuple[dict[str, dict[int, np.ndarray]], dict[str, int]]:
+    """The axes that change, from what the label check gives; see `Cut`."""
     index: dict[str, dict[int, np.ndarray]] = {}
     outputs: dict[str, int] = {}
     for path, shape in graph.shapes.items():
@@ -117,7 +129,7 @@ def cut(model: nnx.Module | surgery.Parts, graph: Graph, keep: Keep | np.ndarray
             elif np.array_equal(positions, np.arange(n)):
                 continue
             index.setdefault(path, {})[d] = positions
-    return Cut(index, outputs, blank)
+    return index, outputs
 
 
 def _alive(keep: Keep | np.ndarray) -> np.ndarray:
@@ -193,7 +205,9 @@ def shrink(
             f"({statistic.statistic}), which changes when channels go"
         )
     if check is not False and not abstract and statistic is None and not alive.all():
-        prove_equal(model, graph, alive, how, small, inputs=inputs, seed=seed)
+        prove_equal(
+            program_of(model), program_of(small), old, graph, alive, how, inputs=inputs, seed=seed
+        )
     return small
 
 

@@ -105,7 +105,11 @@ np.savez(sys.argv[3], out=out, value=value, kernel=model.conv1.kernel[...])
 def test_fresh_process_gives_the_same_bits_and_goes_on_training(saved, tmp_path):
     path, model = saved
     np.save(tmp_path / "x.npy", X)
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])])}
+    env = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parents[1])]),
+        "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, path, tmp_path / "x.npy", tmp_path / "out.npz"],
         env=env, capture_output=True, text=True, check=False,

@@ -110,9 +110,11 @@ def test_a_network_that_differs_fails_the_numeric_check(net):
         out = how(path, leaf)
         return out[..., ::-1] if path == "stem/kernel" else out
 
+    programs = proof.program_of(model), proof.program_of(small)
+    leaves = surgery.leaves(model)
     with pytest.raises(proof.ProofError, match=r"differs from the gated one by \d"):
-        proof.prove_equal(model, graph, keep.alive, wrong, small)
-    assert proof.prove_equal(model, graph, keep.alive, how, small) < 1e-5
+        proof.prove_equal(*programs, leaves, graph, keep.alive, wrong)
+    assert proof.prove_equal(*programs, leaves, graph, keep.alive, how) < 1e-5
 
 
 def test_zero_scales_do_not_hide_a_difference(net):
@@ -127,7 +129,10 @@ def test_zero_scales_do_not_hide_a_difference(net):
 
     small = pruning.shrink(dead, graph, keep)
     with pytest.raises(proof.ProofError):
-        proof.prove_equal(dead, graph, keep.alive, wrong, small)
+        proof.prove_equal(
+            proof.program_of(dead), proof.program_of(small), surgery.leaves(dead), graph,
+            keep.alive, wrong,
+        )  # fmt: skip
 
 
 def test_abstract_models_shrink_to_abstract_models(net):
