@@ -121,7 +121,8 @@ def unpack(args: argparse.Namespace) -> str:
         temporary = args.target.with_name(f"{args.target.name}.{os.getpid()}.tmp")
         try:
             with open(temporary, "wb") as file:
-                np.savez(file, **{name: np.asarray(leaf) for name, leaf in flat.items()})
+                named: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in flat.items()}
+                np.savez(file, **named)
             os.replace(temporary, args.target)
         finally:
             temporary.unlink(missing_ok=True)

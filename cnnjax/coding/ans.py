@@ -11,10 +11,16 @@ from typing import Any
 
 import numpy as np
 
-LANE = 4096  # symbols of one lane; a lane costs 32 bits
+LANE = 4096  # symbols of one lane at least
+MAX_LANES = 1024
 MAX_PRECISION = 16
 _LOW = np.uint64(1 << 16)
 _WORD = np.uint64(16)
+
+
+def lane_count(count: int) -> int:
+    """Lanes of a stream of ``count`` symbols; each costs 32 bits."""
+    return min(-(-count // LANE), MAX_LANES)
 
 
 def quantize_freqs(freqs: Any, precision: int) -> np.ndarray:
@@ -92,7 +98,7 @@ def encode(symbols: Any, quantized: Any) -> bytes:
         return b""
     if symbols.min() < 0 or symbols.max() >= len(quantized) or not quantized[symbols].all():
         raise ValueError("a symbol lies outside the frequency table")
-    lanes = -(-count // LANE)
+    lanes = lane_count(count)
     freq = quantized.astype(np.uint64)
     start = np.cumsum(freq) - freq
     bits = np.uint64(precision)
@@ -119,7 +125,7 @@ def decode(data: bytes, quantized: Any, count: int) -> np.ndarray:
     """
     quantized = np.asarray(quantized, np.int64)
     precision = _check(quantized)
-    lanes = -(-count // LANE)
+    lanes = lane_count(count)
     if count < 0 or len(data) < 4 * lanes or (len(data) - 4 * lanes) % 2:
         raise ValueError(f"{len(data)} bytes do not hold {count} symbols in {lanes} lanes")
     if count == 0:

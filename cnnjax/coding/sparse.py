@@ -58,9 +58,9 @@ def lower(kernel: Any) -> np.ndarray:
 def _bits_nonzero(flat: np.ndarray) -> np.ndarray:
     """True where the stored bits are not all zero, so that -0.0 counts as an element."""
     if flat.dtype.kind in "f" and flat.itemsize in (2, 4, 8):
-        return flat.view(f"u{flat.itemsize}") != 0
+        return np.asarray(flat.view(f"u{flat.itemsize}") != 0)
     raw = np.frombuffer(np.ascontiguousarray(flat).tobytes(), np.uint8)
-    return raw.reshape((*flat.shape, flat.itemsize)).any(axis=-1)
+    return np.asarray(raw.reshape((*flat.shape, flat.itemsize)).any(axis=-1))
 
 
 def encode(matrix: Any, *, order: Order = "row") -> Compressed:

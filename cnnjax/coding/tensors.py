@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from cnnjax.coding import huffman, relative_index, streams
+from cnnjax.coding import ans, huffman, relative_index, streams
 from cnnjax.coding.coded import Shared
 from cnnjax.coding.sparse import _bits_nonzero
 from cnnjax.coding.streams import Method
@@ -132,8 +132,11 @@ def _plan(
         if method == "fixed":
             return float(freqs.sum()) * (len(freqs) - 1).bit_length()
         if method == "huffman" and len(freqs) <= huffman.MAX_ALPHABET:
-            return float((huffman.lengths(freqs) * freqs).sum()) + 4 * len(freqs)
-        return streams.entropy_bits(freqs) + 4 * len(freqs)
+            blocks = int(freqs.sum()) // huffman.BLOCK + 1
+            coded = float((huffman.lengths(freqs) * freqs).sum())
+            return coded + 16 * blocks + 4 * len(freqs)
+        lanes = ans.lane_count(int(freqs.sum()))
+        return streams.entropy_bits(freqs) + 32 * lanes + 4 * len(freqs)
 
     freqs = np.bincount(codes.reshape(-1), minlength=alphabet)
     best = (size(freqs), _DENSE, 0)

@@ -279,7 +279,7 @@ def test_ans_is_as_small_as_constrictions():
     coder.encode_reverse(symbols, model)
     theirs = 4 * len(coder.get_compressed())
     ours = len(ans.encode(symbols, ans.quantize_freqs(freqs, 14)))
-    assert ours <= theirs * 1.005 + 4 * (-(-50_000 // ans.LANE))
+    assert ours <= theirs * 1.005 + 4 * ans.lane_count(50_000)
 
 
 @pytest.mark.parametrize("method", ["auto", "fixed", "huffman", "ans"])
