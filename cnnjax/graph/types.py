@@ -75,6 +75,14 @@ class Axis:
     reason: str | None = None
     source: Source | None = None
 
+    def __str__(self) -> str:
+        labels = self.labels if self.table is None else self.table
+        free = int((labels >= 0).sum())
+        text = f"{self.path} axis {self.axis}: {free}/{labels.size} positions of"
+        text += f" {len(self.atoms)} atoms may go"
+        where = f" at {self.source}" if self.source else ""
+        return text + (f"; {self.reason}{where}" if self.reason else "")
+
     @property
     def size(self) -> int:
         """Length of the axis."""
@@ -145,6 +153,12 @@ class Constraint:
         """All atoms that the constraint speaks of."""
         found = np.unique(np.concatenate([*self.parts, *self.paired]))
         return found[found >= 0]
+
+    def __str__(self) -> str:
+        sizes = sorted({len(p) for p in self.parts})
+        where = f" at {self.source}" if self.source else ""
+        text = f"{self.kind}: {len(self.parts)} parts of {'/'.join(map(str, sizes))}"
+        return f"{text}, {self.reason}{where}"
 
     def counts(self, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Surviving positions of every part, and of every ``paired`` part (may be empty)."""
@@ -415,6 +429,9 @@ class Graph:
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers, {len(self.groups)} groups, {self.num_atoms} atoms"]
         lines += [f"  {group}" for group in self.groups]
+        if self.constraints:
+            lines.append(f"constraints: {len(self.constraints)}")
+            lines += [f"  {c}" for c in self.constraints]
         if self.fixed:
             lines.append(f"fixed: {len(self.fixed)}")
             lines += [f"  {f}" for f in self.fixed]

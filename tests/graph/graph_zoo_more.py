@@ -132,8 +132,10 @@ class Partial(nnx.Module):
     def __call__(self, x):
         x = self.a(x)
         n = x.shape[-1] // 4
-        x = x.at[..., :n].set(self.p(x[..., :n])) if False else jnp.concatenate(
-            [self.p(x[..., :n]), x[..., n:]], -1
+        x = (
+            x.at[..., :n].set(self.p(x[..., :n]))
+            if False
+            else jnp.concatenate([self.p(x[..., :n]), x[..., n:]], -1)
         )
         return self.head(self.b(x))
 
@@ -189,7 +191,7 @@ class Raw(nnx.Module):
         return jnp.einsum("nchw,oc->no", x, self.fc[...]) / 16
 
 
-@case("multi_head")
+@case("multi_head", statistic=True)
 class MultiHead(nnx.Module):
     def __init__(self, *, rngs):
         self.embed = nnx.Conv(3, 16, (2, 2), strides=2, rngs=rngs)

@@ -168,7 +168,7 @@ def prove(program: Program, ratio: float, seed: int) -> str:
 SETTINGS = {"deadline": None, "suppress_health_check": list(HealthCheck), "print_blob": True}
 
 
-@settings(max_examples=15, derandomize=True, **SETTINGS)
+@settings(max_examples=10, derandomize=True, **SETTINGS)
 @given(programs(), st.sampled_from((0.3, 0.6)), st.integers(0, 3))
 def test_random_programs(program, ratio, seed):
     prove(program, ratio, seed)

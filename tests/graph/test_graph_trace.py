@@ -323,6 +323,13 @@ def test_an_unused_variable_is_fixed():
 
 
 def test_str_shows_groups_and_reasons():
+    graph = traced("resnext")
+    assert "grouped: 4 parts of 4, grouped convolution b/conv at " in str(graph)
+    text = str(graph.axis("stem/conv/kernel"))
+    assert text == "stem/conv/kernel axis 3: 16/16 positions of 16 atoms may go"
+    assert "0/3 positions of 0 atoms may go; meets the model's input" in str(
+        graph.axis("stem/conv/kernel", 2)
+    )
     text = str(traced("cbam"))
     assert "a/conv: 16 atoms" in text
     assert "statistic: " in text
