@@ -1,11 +1,12 @@
 """Time each formulation of depthwise, grouped and 1x1 convolution against the native one.
 
-    python benchmarks/conv_forms.py [--out FILE] [--rounds 7] [--quick]
+    python benchmarks/conv_forms.py [--out FILE] [--rounds 7] [--quick] [--networks]
 
 For each layer shape and each part (forward, gradient of the input, gradient of the kernel) the
 forms run in turn, ``--rounds`` times, and the fastest round of each counts: on a shared machine the
 minimum is what the code needs. Only ratios are written (native time / form time: above 1, the form
-is faster). The choice in ``cnnjax/ops/choice.py`` follows these figures.
+is faster). The choice in ``cnnjax/ops/choice.py`` follows these figures. ``--networks`` compares
+whole networks, forward and training step, with every convolution native against the chosen forms.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from cnnjax import models
 from cnnjax.ops import choice, primitives
 from cnnjax.ops.geometry import ConvSpec
 
@@ -143,17 +147,88 @@ def measure(case: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+# (name, image size, batch, fields)
+NETWORKS: list[tuple[str, int, int, dict[str, Any]]] = [
+    ("mobilenet_v1", 96, 8, {}),
+    ("mobilenet_v2", 96, 8, {}),
+    ("shufflenet_v1_g3", 96, 8, {}),
+    ("resnet50", 96, 8, {}),
+    ("cic", 32, 8, {}),
+]
+
+
+def _network(name: str, size: int, batch: int, fields: dict[str, Any], native: bool) -> Any:
+    """Compiled evaluation pass and gradient of a network, with their arguments."""
+    model = models.create(name, rngs=nnx.Rngs(0), **fields)
+    if native:
+        for _, layer in nnx.iter_graph(model):
+            if isinstance(layer, nnx.Conv):
+                layer.conv_general_dilated = jax.lax.conv_general_dilated
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, size, size, 3)), jnp.float32)
+    parts = {}
+    for part in ("forward", "gradient"):
+        model.train() if part == "gradient" else model.eval()
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def run(params: Any, x: Any, graphdef: Any = graphdef, rest: Any = rest) -> Any:
+            return nnx.merge(graphdef, params, rest, copy=True)(x)
+
+        def loss(params: Any, x: Any, run: Any = run) -> Any:
+            return jnp.mean(jnp.square(run(params, x)))
+
+        fn = jax.jit(run if part == "forward" else jax.grad(loss))
+        start = time.perf_counter()
+        compiled = fn.lower(params, x).compile()
+        parts[part] = (compiled, (params, x), time.perf_counter() - start)
+    return parts
+
+
+def measure_network(
+    name: str, size: int, batch: int, fields: dict[str, Any], rounds: int
+) -> list[dict[str, Any]]:
+    """Ratios all-native / chosen forms of one network."""
+    built = {
+        form: _network(name, size, batch, fields, form == "native") for form in ("native", "auto")
+    }
+    rows = []
+    for part in ("forward", "gradient"):
+        best = dict.fromkeys(built, float("inf"))
+        for _ in range(rounds):
+            for form, parts in built.items():
+                fn, args, _ = parts[part]
+                best[form] = min(best[form], _once(fn, args, 1))
+        rows.append(
+            {
+                "network": name,
+                "part": part,
+                "batch": batch,
+                "size": size,
+                "native_over_auto": round(best["native"] / best["auto"], 2),
+                "compile_native_over_auto": round(
+                    built["native"][part][2] / built["auto"][part][2], 2
+                ),
+            }
+        )
+    return rows
+
+
 def main() -> None:
     """Measure every case and write the ratios."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--out", default="benchmarks/results/conv_forms.json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="every fourth case only")
+    parser.add_argument("--networks", action="store_true", help="whole networks as well")
     args = parser.parse_args()
     rows = []
     for case in CASES[:: 4 if args.quick else 1]:
         for row in measure(case, args.rounds):
             rows.append(row)
+            print(json.dumps(row), flush=True)
+    networks = []
+    for case in NETWORKS if args.networks else []:
+        for row in measure_network(*case, args.rounds):
+            networks.append(row)
             print(json.dumps(row), flush=True)
     record = {
         "what": "native time / form time, best of interleaved rounds, one convolution in float32",
@@ -165,6 +240,7 @@ def main() -> None:
         "rounds": args.rounds,
         "reduced": bool(args.quick),
         "rows": rows,
+        "networks": networks,
     }
     out = pathlib.Path(args.out)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,58 @@
+"""Inception-ResNet-v2 on ImageNet.
+
+    python scripts/run.py --config=configs/imagenet_inception_resnet_v2.py --data_dir=DIR
+
+Szegedy et al., "Inception-v4, Inception-ResNet and the impact of residual connections on learning",
+AAAI 2017, 1602.07261: TensorFlow's RMSProp (decay .9, epsilon 1.0), rate .045 times .94 every 2
+epochs, 32 images on each of 20 replicas, label smoothing .1, gradients clipped to norm 2, moving
+average of the parameters; weight decay 4e-5 and momentum .9 from slim. Szegedy et al. 2017: 19.9 %
+top-1 error (single crop). Different here: no auxiliary loss, colour distortion without hue. The
+number of epochs (100) is ours. Measured here: nothing yet (the paper's hardware and days are
+needed).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnjax import pipeline
+from cnnjax.data import Augment
+from cnnjax.pipeline.stages import Train
+from cnnjax.training import OptimizerConfig, ScheduleConfig
+
+
+def get_config() -> Any:
+    """See the module's docstring."""
+    recipe = pipeline.Recipe(
+        epochs=100.0,
+        optimizer=OptimizerConfig(
+            "rmsprop", decay=0.9, eps=1.0, momentum=0.9, weight_decay=4e-5, clip_norm=2.0
+        ),
+        schedule=ScheduleConfig("step", base=0.045, every=2, gamma=0.94),
+        label_smoothing=0.1,
+        ema_decay=0.9999,
+        compute_dtype="bfloat16",
+        eval_every=1.0,
+    )
+    return pipeline.config_dict(
+        "imagenet_inception_resnet_v2",
+        model=pipeline.ModelSpec("inception_resnet_v2"),
+        data=pipeline.DataConfig(
+            "imagenet2012",
+            test="validation",
+            batch_size=640,
+            augment=Augment(
+                size=299,
+                resize=342,
+                random_resized_crop=(0.05, 1.0),
+                flip=True,
+                brightness=0.125,
+                saturation=0.5,
+                # pixels to [-1, 1]
+                mean=(0.5, 0.5, 0.5),
+                std=(0.5, 0.5, 0.5),
+            ),
+        ),
+        stages={"train": Train(recipe)},
+        expected={"train": {"error": 0.199, "source": "Szegedy et al. 2017, as recalled"}},
+    )
