@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from cnnjax import ops
@@ -335,7 +336,8 @@ def local_response_norm(
     """
     sums = jax.lax.reduce_window(
         jnp.square(x),
-        jnp.zeros((), x.dtype),
+        # a concrete zero: with a traced one JAX cannot tell that this is a sum, nor differentiate it
+        np.zeros((), x.dtype),
         jax.lax.add,
         (1, 1, 1, window),
         (1, 1, 1, 1),

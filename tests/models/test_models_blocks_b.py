@@ -174,7 +174,13 @@ def test_caffe_response_norm():
     for c in range(9):
         window = x[..., max(0, c - 2) : c + 3].astype(np.float64)
         want[..., c] = x[..., c] / (1 + 1e-4 / 5 * (window**2).sum(-1)) ** 0.75
-    _close(np.asarray(googlenet.ResponseNorm()(jnp.asarray(x))), want, 1e-5)
+    norm = googlenet.ResponseNorm()
+    _close(np.asarray(norm(jnp.asarray(x))), want, 1e-5)
+    # it is differentiated inside jit, along a random direction
+    d = _x(1, 2, 3, 9, seed=1)
+    slope = jax.jit(lambda x, d: jnp.vdot(jax.grad(lambda x: jnp.sum(jnp.sin(norm(x))))(x), d))
+    ends = [float(jnp.sum(jnp.sin(norm(jnp.asarray(x + s * d))))) for s in (1e-2, -1e-2)]
+    np.testing.assert_allclose(slope(x, d), (ends[0] - ends[1]) / 2e-2, rtol=5e-3)
 
 
 @pytest.mark.method("inception_resnet_v2")
