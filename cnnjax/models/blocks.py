@@ -336,7 +336,7 @@ def local_response_norm(
     """
     sums = jax.lax.reduce_window(
         jnp.square(x),
-        # a concrete zero: with a traced one JAX cannot tell that this is a sum, nor differentiate it
+        # a concrete zero: with a traced one JAX does not see a sum, and cannot differentiate it
         np.zeros((), x.dtype),
         jax.lax.add,
         (1, 1, 1, window),
