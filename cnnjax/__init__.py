@@ -21,7 +21,6 @@ _ROOMS = (
     "pipeline",
     "pruning",
     "report",
-    "search",
     "surgery",
     "training",
     "tree",
