@@ -6,6 +6,8 @@ import io
 import itertools
 import pathlib
 import re
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -294,6 +296,24 @@ def test_safetensors(tmp_path):
     same_arrays(
         models.load_pretrained("resnet20_cifar", tmp_path / "w.safetensors", **SMALL), model
     )
+
+
+def test_repositories_on_the_hub_are_fetched(tmp_path, monkeypatch):
+    np.savez(tmp_path / "w.npz", **torch_layout(small_resnet()))
+    asked = []
+
+    def fetch(repository, file):
+        asked.append((repository, file))
+        return str(tmp_path / "w.npz")
+
+    fake = types.SimpleNamespace(hf_hub_download=fetch)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", fake)
+    for source in ("owner/net", "hf://owner/net/sub/file.npz"):
+        same_arrays(models.load_pretrained("resnet20_cifar", source, **SMALL), small_resnet())
+    assert asked == [("owner/net", "model.safetensors"), ("owner/net", "sub/file.npz")]
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
+        models.load_pretrained("resnet20_cifar", "owner/net", **SMALL)
 
 
 def test_torch_files_are_read_without_pickles_of_objects(tmp_path):
