@@ -130,10 +130,10 @@ class AlexNetCaffe(blocks.Model):
             size = -(-(size - 3) // 2) + 1
         self.flattened = (("fc1", (size, size, 256)),)
         self.fc1 = blocks.linear(
-            256 * size * size, config.hidden, kernel_init=std(0.005), bias_init=one, **dense
+            256 * size * size, config.hidden, kernel_init=std(0.01), bias_init=one, **dense
         )
         self.fc2 = blocks.linear(
-            config.hidden, config.hidden, kernel_init=std(0.005), bias_init=one, **dense
+            config.hidden, config.hidden, kernel_init=std(0.01), bias_init=one, **dense
         )
         self.fc3 = blocks.linear(config.hidden, config.num_classes, kernel_init=std(0.01), **dense)
         self.drop1 = nnx.Dropout(config.dropout, rngs=rngs)

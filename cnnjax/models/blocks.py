@@ -216,7 +216,7 @@ class ConvNorm(nnx.Module):
     """Convolution, batch normalisation and (unless ``relu=False``) ReLU.
 
     Options of `conv` (stride, pad, groups, use_bias) and of `batch_norm` (epsilon, momentum,
-    use_scale) pass through. The parts are ``conv`` and ``bn``.
+    use_scale, scale) pass through. The parts are ``conv`` and ``bn``.
     """
 
     def __init__(
@@ -232,6 +232,7 @@ class ConvNorm(nnx.Module):
         epsilon: float = 1e-5,
         momentum: float = 0.9,
         use_scale: bool = True,
+        scale: float = 1.0,
         **options: Any,
     ):
         self.conv = conv(
@@ -244,6 +245,7 @@ class ConvNorm(nnx.Module):
             epsilon=epsilon,
             momentum=momentum,
             use_scale=use_scale,
+            scale=scale,
         )
         self.relu = relu
 

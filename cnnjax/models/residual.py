@@ -25,10 +25,15 @@ def shortcut_a(
       pool: average each window instead of taking its first value (stochastic depth's form).
 
     Returns:
-      (N, ceil(H / stride), ceil(W / stride), features); with ``pool`` the floors.
+      (N, ceil(H / stride), ceil(W / stride), features).
     """
     if stride != 1:
-        x = blocks.avg_pool(x, stride) if pool else x[:, ::stride, ::stride, :]
+        if pool:
+            # an odd size's last window averages what there is
+            odd = bool(x.shape[1] % stride or x.shape[2] % stride)
+            x = blocks.avg_pool(x, stride, ceil=odd, count_include_pad=not odd)
+        else:
+            x = x[:, ::stride, ::stride, :]
     if features != x.shape[-1]:
         extra = features - x.shape[-1]
         before = extra // 2 if zeros == "both" else 0

@@ -2,7 +2,7 @@
 (Liu et al., ICCV 2017, 1708.06519).
 
 Convolutions 3x3 without bias, each with batch normalisation and ReLU; max pools after the first
-four stages; the last stage is averaged.
+four stages; the last stage is averaged. Batch norms' scales start at 0.5, as in the authors' code.
 """
 
 from __future__ import annotations
@@ -55,7 +55,10 @@ class VggCifar(blocks.Model):
         for widths in config.stages:
             stage = []
             for width in widths:
-                stage.append(blocks.ConvNorm(channels, width, 3, dtype=config.dtype, rngs=rngs))
+                layer = blocks.ConvNorm(
+                    channels, width, 3, scale=0.5, dtype=config.dtype, rngs=rngs
+                )
+                stage.append(layer)
                 channels = width
             stages.append(nnx.List(stage))
         self.stages = nnx.List(stages)

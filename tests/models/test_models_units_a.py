@@ -108,6 +108,9 @@ def test_shortcut_a_subsamples_and_appends_zeros():
     np.testing.assert_array_equal(both[..., 1:3], x[:, ::2, ::2])
     pooled = np.asarray(residual.shortcut_a(x[:, :4, :4], 3, 2, pool=True))
     close(pooled[..., :2], x[:, :4, :4].reshape(1, 2, 2, 2, 2, 2).mean((2, 4)))
+    odd = np.asarray(residual.shortcut_a(x, 2, 2, pool=True))
+    assert odd.shape == (1, 3, 3, 2)
+    close(odd[0, 2, 0], x[0, 4, :2].mean(0))
 
 
 # --- units ---
