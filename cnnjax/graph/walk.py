@@ -291,7 +291,12 @@ def _cond(ledger: Ledger, params: dict[str, Any], vals: list[Value], avals) -> l
 
 def _scan(ledger: Ledger, params: dict[str, Any], vals: list[Value], avals) -> list[Value]:
     """Follows every iteration: the slices of stacked variables share their channels' labels."""
-    nc, nk, length = params["num_consts"], params["num_carry"], params["length"]
+    length, body = params["length"], params["jaxpr"]
+    # stacked inputs and outputs have a dim more outside than inside, whatever JAX calls them
+    inner = [a.aval.ndim for a in body.jaxpr.invars]
+    nx = sum(len(v.shape) > n for v, n in zip(vals, inner))
+    nk = sum(a.ndim == b.aval.ndim for a, b in zip(avals, body.jaxpr.outvars))
+    nc = len(vals) - nx - nk
     if length > MAX_STEPS:
         return refuse(ledger, f"scan of {length} steps", vals, avals)
     consts, carry, xs = vals[:nc], vals[nc : nc + nk], vals[nc + nk :]
@@ -310,7 +315,7 @@ def _scan(ledger: Ledger, params: dict[str, Any], vals: list[Value], avals) -> l
             else:
                 one = movement.take(ledger, x, 0, np.array([t]), (1, *x.shape[1:]))
                 row.append(movement.squeeze(ledger, {"dimensions": (0,)}, [one], x.shape[1:]))
-        outs = enter(ledger, params["jaxpr"], [*consts, *carry, *row])
+        outs = enter(ledger, body, [*consts, *carry, *row])
         carry = outs[:nk]
         ys.append(outs[nk:])
     if params["reverse"]:
