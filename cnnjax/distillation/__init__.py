@@ -7,6 +7,7 @@ gradient stopped. `kd` and `dkd` take logits; `hint`, `attention_transfer`, `fsp
 
 from cnnjax.distillation.adapters import ChannelAdapter, HintRegressor
 from cnnjax.distillation.contrastive import contrastive, hierarchical_context
+from cnnjax.distillation.deeper import deepen
 from cnnjax.distillation.detection_losses import (
     bounded_regression,
     detection_classification,
@@ -16,6 +17,7 @@ from cnnjax.distillation.detection_losses import (
 )
 from cnnjax.distillation.ensemble import ensemble_logits
 from cnnjax.distillation.gradients import gradient_attention, gradient_symmetry, input_gradient
+from cnnjax.distillation.growth import Move, Widening
 from cnnjax.distillation.logits import (
     cross_entropy,
     dkd,
@@ -31,17 +33,21 @@ from cnnjax.distillation.maps import (
     hint,
     saliency,
 )
+from cnnjax.distillation.net2net import widen, widen_tree
 from cnnjax.distillation.neurons import neuron_mimic, neuron_profile, select_neurons
 from cnnjax.distillation.synthetic import independent_marginals, munge
 
 __all__ = [
     "ChannelAdapter",
     "HintRegressor",
+    "Move",
+    "Widening",
     "attention_map",
     "attention_transfer",
     "bounded_regression",
     "contrastive",
     "cross_entropy",
+    "deepen",
     "detection_classification",
     "detection_regression",
     "dkd",
@@ -64,4 +70,6 @@ __all__ = [
     "smooth_l1",
     "soft_targets",
     "weighted_soft_cross_entropy",
+    "widen",
+    "widen_tree",
 ]

@@ -18,8 +18,8 @@ Scalar = Float[Array, ""]
 def weighted_soft_cross_entropy(
     student_logits: Logits,
     teacher_probabilities: Logits,
-    weights: Float[AnyArray, c],
-    mask: Shaped[AnyArray, b] | None = None,
+    weights: Float[AnyArray, " c"],
+    mask: Shaped[AnyArray, " b"] | None = None,
 ) -> Scalar:
     """``-sum_c w_c p_c log q_c``, mean over boxes (T = 1); class 0 is the background.
 
@@ -42,10 +42,10 @@ def weighted_soft_cross_entropy(
 def detection_classification(
     student_logits: Logits,
     teacher_logits: Logits,
-    labels: Int[AnyArray, b],
+    labels: Int[AnyArray, " b"],
     mu: float | Array = 0.5,
     background_weight: float | Array = 1.5,
-    mask: Shaped[AnyArray, b] | None = None,
+    mask: Shaped[AnyArray, " b"] | None = None,
 ) -> Scalar:
     """``mu CE(labels, q) + (1 - mu) weighted soft CE``; the weights touch the soft term only."""
     q = jnp.asarray(student_logits, jnp.float32)
@@ -62,7 +62,7 @@ def bounded_regression(
     teacher: Deltas,
     target: Deltas,
     margin: float | Array = 0.0,
-    mask: Shaped[AnyArray, p] | None = None,
+    mask: Shaped[AnyArray, " p"] | None = None,
 ) -> Scalar:
     """``||R_s - y||^2`` where ``||R_s - y||^2 + m > ||R_t - y||^2``, else 0; mean over boxes.
 
@@ -85,7 +85,7 @@ def bounded_regression(
 
 @jax.jit
 def smooth_l1(
-    prediction: Deltas, target: Deltas, mask: Shaped[AnyArray, p] | None = None
+    prediction: Deltas, target: Deltas, mask: Shaped[AnyArray, " p"] | None = None
 ) -> Scalar:
     """Huber loss with threshold 1, summed over the 4 deltas, mean over boxes."""
     difference = jnp.abs(jnp.asarray(prediction, jnp.float32) - target)
@@ -100,7 +100,7 @@ def detection_regression(
     target: Deltas,
     nu: float | Array = 0.5,
     margin: float | Array = 0.0,
-    mask: Shaped[AnyArray, p] | None = None,
+    mask: Shaped[AnyArray, " p"] | None = None,
 ) -> Scalar:
     """``smooth_l1(student, target) + nu bounded_regression``."""
     bounded = bounded_regression(student, teacher, target, margin, mask)

@@ -17,7 +17,7 @@ def ensemble_logits(
     *,
     mode: str = "geometric",
     temperature: float = 1.0,
-    weights: Sequence[float] | Float[AnyArray, k] | None = None,
+    weights: Sequence[float] | Float[AnyArray, " k"] | None = None,
 ) -> Float[Array, "n c"]:
     """Logits of the combined teacher, to be used with the same ``temperature`` in `kd`.
 

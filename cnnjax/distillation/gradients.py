@@ -16,7 +16,7 @@ Apply = Callable[[Array], Array]
 
 
 def input_gradient(
-    apply: Apply, images: Images, labels: Int[AnyArray, n]
+    apply: Apply, images: Images, labels: Int[AnyArray, " n"]
 ) -> Float[Array, "n h w c"]:
     """``d CE(apply(x), y) / d x`` of each example.
 
@@ -34,7 +34,7 @@ def gradient_attention(
     student: Apply,
     teacher: Apply,
     images: Images,
-    labels: Int[AnyArray, n],
+    labels: Int[AnyArray, " n"],
     *,
     beta: float = 1.0,
     form: str = "mean_square",
@@ -64,7 +64,7 @@ def gradient_attention(
 def gradient_symmetry(
     student: Apply,
     images: Images,
-    labels: Int[AnyArray, n],
+    labels: Int[AnyArray, " n"],
     *,
     beta: float = 1.0,
     form: str = "mean_square",

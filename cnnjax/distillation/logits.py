@@ -40,7 +40,7 @@ def _check_unit(name: str, value: float) -> None:
         raise ValueError(f"{name} is {value}; it weighs two terms and must lie in [0, 1]")
 
 
-def masked_mean(values: Float[AnyArray, n], mask: Weights | None = None) -> Scalar:
+def masked_mean(values: Float[AnyArray, " n"], mask: Weights | None = None) -> Scalar:
     """Mean of per-example ``values`` over the examples with non-zero mask; 0 if there are none."""
     values = jnp.asarray(values, jnp.float32)
     if mask is None:
@@ -142,7 +142,7 @@ def logit_regression(
     teacher_logits: Logits,
     *,
     center: bool = False,
-    scale: Float[AnyArray, c] | None = None,
+    scale: Float[AnyArray, " c"] | None = None,
     mask: Weights | None = None,
 ) -> Scalar:
     """``1/(2n) sum ||z - v||^2`` on pre-softmax logits.

@@ -25,7 +25,7 @@ def _f32(x: AnyArray) -> Array:
     return jnp.asarray(x, jnp.float32)
 
 
-def hint(student: Float[AnyArray, n *s], teacher: Float[AnyArray, n *s]) -> Scalar:
+def hint(student: Float[AnyArray, " n *s"], teacher: Float[AnyArray, " n *s"]) -> Scalar:
     """``1/(2n) sum ||teacher - student||^2``: sum over positions and channels, mean over examples.
 
     Args:

@@ -51,8 +51,8 @@ def neuron_profile(
 
 @jax.jit
 def unary_cost(
-    profile: Profile, identity: Bool[AnyArray, a], floor: float = 1e-3
-) -> Float[Array, k]:
+    profile: Profile, identity: Bool[AnyArray, " a"], floor: float = 1e-3
+) -> Float[Array, " k"]:
     """``f_i``: how much more selective a neuron is to nuisance than to identity attributes.
 
     ``(max_NA x - mean_NA x) / max(floor, max_IA x - mean_IA x)``.
@@ -77,13 +77,13 @@ def redundancy(profile: Profile) -> Float[Array, "k k"]:
 
 @functools.partial(jax.jit, static_argnames="steps")
 def mean_field(
-    cost: Float[AnyArray, k],
+    cost: Float[AnyArray, " k"],
     pair: Float[AnyArray, "k k"],
     tau: float | Array,
     lam: float | Array,
     theta: float | Array,
     steps: int = 200,
-) -> Float[Array, k]:
+) -> Float[Array, " k"]:
     """Damped mean-field marginals of ``E(y) = sum (f - tau) y + lam sum_{i != j} Psi y_i y_j``.
 
     Update: ``q <- (q + sigmoid(-(f - tau + 2 lam Psi q) / theta)) / 2``.
@@ -99,12 +99,12 @@ def mean_field(
 
 def select_neurons(
     profile: Profile,
-    identity: Bool[AnyArray, a],
+    identity: Bool[AnyArray, " a"],
     count: int,
     *,
     lam: float = 0.01,
     theta: float = 0.05,
-) -> tuple[Int[Array, count], Float[Array, k]]:
+) -> tuple[Int[Array, " count"], Float[Array, " k"]]:
     """The ``count`` neurons of lowest energy by mean field.
 
     Every term of the energy is non-negative, so a reward ``tau`` for each selected neuron is
@@ -161,8 +161,8 @@ def _select(profile, identity, count, lam, theta):
 def neuron_mimic(
     student: Float[AnyArray, "n m"],
     teacher: Float[AnyArray, "n k"],
-    selected: Int[AnyArray, m],
-    scale: Float[AnyArray, m] | None = None,
+    selected: Int[AnyArray, " m"],
+    scale: Float[AnyArray, " m"] | None = None,
 ) -> Float[Array, ""]:
     """``1/(2n) sum ||teacher[:, selected] / scale - student||^2``.
 

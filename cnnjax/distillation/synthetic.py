@@ -27,8 +27,8 @@ def _nominal(x: AnyArray, is_nominal: AnyArray | None) -> Array:
 
 @jax.jit
 def nearest_neighbours(
-    x: Float[AnyArray, "n d"], is_nominal: Bool[AnyArray, d]
-) -> Int[Array, n]:
+    x: Float[AnyArray, "n d"], is_nominal: Bool[AnyArray, " d"]
+) -> Int[Array, " n"]:
     """Index of each row's nearest other row; ties go to the lower index.
 
     Distance: squared Euclidean on standardised continuous attributes plus the number of unequal
@@ -76,7 +76,7 @@ def _munge(key, x, is_nominal, k, p, s):
 def munge(
     key: Key,
     x: Float[AnyArray, "n d"],
-    is_nominal: Bool[AnyArray, d] | None = None,
+    is_nominal: Bool[AnyArray, " d"] | None = None,
     *,
     k: int = 1,
     p: float = 0.3,
