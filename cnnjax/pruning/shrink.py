@@ -9,7 +9,7 @@ where the removed channels are multiplied by zero, on random numbers.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -33,7 +33,8 @@ class Cut:
       index: ``{path: {axis: positions}}`` of the axes that change, in the order that the shrunk
         program needs; a 2-d array gives the positions for each conv-group.
       outputs: for a variable with such an array: the axis that the conv-groups partition.
-      blank: the shrunk model with abstract leaves, as the label check proved it.
+      blank: the shrunk model (of a function: its parameters) with abstract leaves, as the label
+        check proved it.
     """
 
     index: Mapping[str, Mapping[int, np.ndarray]]
@@ -70,13 +71,21 @@ def _take_grouped(
     return np.take_along_axis(leaf, where, axis=d)
 
 
-def cut(model: nnx.Module | surgery.Parts, graph: Graph, keep: Keep | np.ndarray) -> Cut:
+def cut(
+    model: nnx.Module | surgery.Parts | Callable[..., Any],
+    graph: Graph,
+    keep: Keep | np.ndarray,
+    *,
+    params: PyTree | None = None,
+) -> Cut:
     """The cut of a decision, proved by the label check.
 
     Args:
-      model: the original; its leaves may be abstract.
+      model: the original; its leaves may be abstract. Or a function ``fn(params, *inputs)`` whose
+        code follows the shapes of its parameters.
       graph: of the model.
       keep: the decision.
+      params: the parameters of a function.
 
     Returns:
       The `Cut`, for several trees at once: ``shrink_tree(opt_state, graph, keep, cut=...)``.
@@ -87,8 +96,10 @@ def cut(model: nnx.Module | surgery.Parts, graph: Graph, keep: Keep | np.ndarray
     """
     alive = _alive(keep)
     check_keep(graph, alive)
-    taken = model if isinstance(model, surgery.Parts) else surgery.parts(model)
-    found = {path: tuple(leaf.shape) for path, leaf in taken.leaves.items()}
+    if isinstance(model, nnx.Module):
+        model = surgery.parts(model)
+    leaves = model.leaves if isinstance(model, surgery.Parts) else flatten(params)
+    found = {path: tuple(leaf.shape) for path, leaf in leaves.items()}
     if found != dict(graph.shapes):
         wrong = [p for p in {**found, **graph.shapes} if found.get(p) != graph.shapes.get(p)]
         raise ValueError(
@@ -96,8 +107,13 @@ def cut(model: nnx.Module | surgery.Parts, graph: Graph, keep: Keep | np.ndarray
             f"{found.get(wrong[0])} here and {graph.shapes.get(wrong[0])} in the graph"
         )
     shapes = cut_shapes(graph, alive)
+    if not isinstance(model, surgery.Parts):
+        blank = map_with_path(
+            lambda p, x: shapes.get(p, jax.ShapeDtypeStruct(x.shape, x.dtype)), params
+        )
+        return Cut(*cut_index(graph, label_check(model, graph, alive, params=blank)), blank)
     blank = surgery.rebuild(
-        taken, shapes, static=_static(taken.model, graph, alive), why="shrink", abstract=True
+        model, shapes, static=_static(model.model, graph, alive), why="shrink", abstract=True
     )
     return Cut(*cut_index(graph, label_check(blank, graph, alive)), blank)
 

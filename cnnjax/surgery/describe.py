@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from typing import Any
 
@@ -16,6 +17,9 @@ from cnnjax.surgery.encode import NotEncodable, decode, encode, same
 # arguments that leave no trace in the finished layer, so nothing is lost by leaving them out
 _SPENT = ("rngs", "kernel_init", "bias_init", "scale_init", "embedding_init", "out_kernel_init")
 _SPENT += ("out_bias_init", "kernel_metadata", "bias_metadata", "scale_metadata")
+
+
+_ROOMS_WITH_LAYERS = ("factorization", "models", "pruning", "distillation")
 
 
 class Identity(nnx.Module):
@@ -62,13 +66,10 @@ def describe(module: Any) -> dict[str, Any]:
         )
     special = _SPECIAL.get(type(module), lambda _: {})(module)
     args = {}
-    for parameter in inspect.signature(type(module).__init__).parameters.values():
-        key = parameter.name
-        if key == "self" or key in _SPENT or key.endswith(("_init", "_metadata")):
+    for key, parameter in _parameters(type(module)).items():
+        if key in _SPENT or key.endswith(("_init", "_metadata")):
             if key in special:
                 args[key] = encode(special[key])
-            continue
-        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
         if key in special:
             args[key] = encode(special[key])
@@ -93,6 +94,20 @@ def describe(module: Any) -> dict[str, Any]:
         description["rngs"] = True  # the layer draws random numbers when it is called
     _check(module, description)
     return description
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """The constructor's parameters, with those that it passes on to its bases as ``**kwargs``."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        own = list(inspect.signature(base.__init__).parameters.values())[1:]
+        stars = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+        found = {**{p.name: p for p in own if p.kind not in stars}, **found}
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in own):
+            break
+    return found
 
 
 def encode_function(value: Any) -> dict[str, Any]:
@@ -128,13 +143,18 @@ def _make(description: dict[str, Any]) -> Any:
         return nnx.Sequential(*(_make(d) for d in description["layers"]))
     known = layers.registered()
     if name not in known:
+        # a layer of one of our own rooms that nothing has imported yet
+        for room in _ROOMS_WITH_LAYERS:
+            importlib.import_module(f"cnnjax.{room}")
+        known = layers.registered()
+    if name not in known:
         raise ValueError(
             f"the layer type {name!r} is not registered here.{did_you_mean(name, known)} "
             "Import the module that registers it before loading"
         )
     cls = known[name]
     args = {key: decode(value) for key, value in description["args"].items()}
-    rngs = inspect.signature(cls.__init__).parameters.get("rngs")
+    rngs = _parameters(cls).get("rngs")
     if rngs is not None and (rngs.default is rngs.empty or description.get("rngs")):
         args["rngs"] = nnx.Rngs(0)
     if cls is nnx.PReLU:

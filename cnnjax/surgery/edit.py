@@ -200,9 +200,9 @@ def _put(model: nnx.Module, path: str, module: Any) -> nnx.Module:
     parent: Any = out
     for part in parents:
         parent = _child(parent, part)
-    if isinstance(parent, nnx.List):
+    if isinstance(parent, nnx.List | list):
         parent[int(last)] = module
-    elif isinstance(parent, nnx.Dict):
+    elif isinstance(parent, nnx.Dict | dict):
         parent[last] = module
     else:
         # a later assignment of the same kind (data or static) is what NNX expects
@@ -211,9 +211,9 @@ def _put(model: nnx.Module, path: str, module: Any) -> nnx.Module:
 
 
 def _child(parent: Any, part: str) -> Any:
-    if isinstance(parent, nnx.List):
+    if isinstance(parent, nnx.List | list | tuple):
         return parent[int(part)]
-    if isinstance(parent, nnx.Dict):
+    if isinstance(parent, nnx.Dict | dict):
         return parent[part]
     return getattr(parent, part)
 

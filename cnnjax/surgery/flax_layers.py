@@ -1,4 +1,4 @@
-"""The mending rules of Flax NNX's own layers."""
+"""The mending rules of Flax NNX's own layers, and of our convolution."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 from flax import nnx
 from flax.core import FrozenDict
 
+from cnnjax import ops
 from cnnjax.surgery.layers import register, shape_of
 from cnnjax.surgery.walk import Shape
 
@@ -122,5 +123,6 @@ def _attention(layer: Any, old: dict[str, Shape]) -> None:
     layer.out_features = out[-1]
 
 
+register(ops.Conv, name="cnnjax.Conv")(_conv)
 register(nnx.PReLU, attributes={})
 register(nnx.Dropout, attributes={})

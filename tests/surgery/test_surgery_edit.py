@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnnjax import surgery
+from cnnjax import ops, surgery
 
 
 class Block(nnx.Module):
@@ -196,6 +196,7 @@ DESCRIBED = {
     "ln": lambda r: nnx.LayerNorm(8, epsilon=1e-3, rngs=r),
     "mha": lambda r: nnx.MultiHeadAttention(2, 8, decode=False, rngs=r),
     "prelu": lambda r: nnx.PReLU(),
+    "own_conv": lambda r: ops.Conv(4, 4, (3, 3), feature_group_count=4, rngs=r),
     "embed": lambda r: nnx.Embed(5, 4, rngs=r),
     "dropout": lambda r: nnx.Dropout(0.3),
     "dropout_rngs": lambda r: nnx.Dropout(0.3, rngs=r),
@@ -220,3 +221,34 @@ def test_base_is_stamped_once(net):
         surgery.set_base(out, "tiny", {})
     with pytest.raises(TypeError, match="JSON"):
         surgery.set_base(model, "tiny", {"act": jax.nn.relu})
+
+
+def test_modules_are_found_as_nnx_finds_them(net):
+    class Odd(nnx.Module):
+        def __init__(self):
+            self.b = nnx.data([nnx.Linear(2, 2, rngs=nnx.Rngs(0)), {"x": net}])
+            self.a = self.b[0]  # twice the same
+
+    for model in (net, Odd()):
+        want = {"/".join(map(str, p)): id(m) for p, m in nnx.iter_modules(model)}
+        assert {p: id(m) for p, m in surgery.modules(model).items()} == want
+    out = surgery.replace(Odd(), "b/1/x/heads/a", nnx.Linear(4, 7, rngs=nnx.Rngs(0)))
+    assert surgery.module_at(out, "b/1/x/heads/a").out_features == 7
+
+
+def test_layers_of_our_rooms_are_imported_when_an_archive_names_them(monkeypatch):
+    class Late(nnx.Module):
+        pass
+
+    imported = []
+
+    def load(name):
+        imported.append(name)
+        if name == "cnnjax.factorization":
+            surgery.register(Late, attributes={}, name="test.Late")
+
+    monkeypatch.setattr("importlib.import_module", load)
+    assert isinstance(surgery.build({"layer": "test.Late", "args": {}}), Late)
+    with pytest.raises(ValueError, match="'test.Latte' is not registered here"):
+        surgery.build({"layer": "test.Latte", "args": {}})
+    assert all(name.startswith("cnnjax.") for name in imported)
