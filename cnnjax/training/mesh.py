@@ -6,6 +6,7 @@ are global without further code. One process runs per host; each loads its own s
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -93,6 +94,15 @@ def pad_batch(batch: dict[str, Any], size: int) -> dict[str, Any]:
     }
 
 
+def _from_environment(name: str, value: int | None) -> int | None:
+    if value is not None or name not in os.environ:
+        return value
+    text = os.environ[name]
+    if not text.isdigit():
+        raise ValueError(f"{name} is {text!r}; expected a number")
+    return int(text)
+
+
 def initialize_distributed(
     coordinator: str | None = None,
     num_processes: int | None = None,
@@ -100,14 +110,28 @@ def initialize_distributed(
 ) -> None:
     """Joins this process to a run over several hosts; call it before anything else of JAX.
 
-    Without arguments the cluster is detected (TPU pod slices, Slurm...). On CPU the collectives
-    run over Gloo.
+    Without arguments the cluster is detected (TPU pod slices, Slurm...), unless the environment
+    says where it is: ``JAX_COORDINATOR_ADDRESS``, ``JAX_NUM_PROCESSES``, ``JAX_PROCESS_ID``. On
+    CPU the collectives run over Gloo.
 
     Args:
       coordinator: ``host:port`` of process 0.
       num_processes: how many processes run.
       process_id: number of this process.
+
+    Raises:
+      ValueError: if only some of the three are given, or a number is not one.
     """
+    coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
+    num_processes = _from_environment("JAX_NUM_PROCESSES", num_processes)
+    process_id = _from_environment("JAX_PROCESS_ID", process_id)
+    given = [coordinator is not None, num_processes is not None, process_id is not None]
+    if any(given) and not all(given):
+        raise ValueError(
+            f"coordinator {coordinator!r}, num_processes {num_processes!r}, process_id "
+            f"{process_id!r}: give all three (or set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES "
+            "and JAX_PROCESS_ID), or none where JAX can detect the cluster"
+        )
     # only CPU devices read this setting
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator, num_processes, process_id)

@@ -149,3 +149,12 @@ def test_two_processes_equal_one(tmp_path):
         np.testing.assert_allclose(got[jax.tree_util.keystr(path)], leaf, rtol=1e-5, atol=1e-5)
     # a second start finds the run complete, with the same parameters
     assert _launch(tmp_path, 2) == digests
+
+
+def test_incomplete_or_wrong_addresses_are_refused(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ValueError, match="give all three"):
+        training.initialize_distributed()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "two")
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is 'two'"):
+        training.initialize_distributed()
