@@ -48,6 +48,7 @@ from cnnjax.coding.sharing import (
     round_leaves,
     share,
     share_tensor,
+    sharing_rate,
 )
 from cnnjax.coding.sizes import SizeReport, TensorSize, report
 from cnnjax.coding.sparse import drop_negative_zeros
@@ -92,6 +93,7 @@ __all__ = [
     "save",
     "share",
     "share_tensor",
+    "sharing_rate",
     "sparse",
     "streams",
     "uniform",

@@ -43,8 +43,12 @@ def quantize_freqs(freqs: Any, precision: int) -> np.ndarray:
         raise ValueError(f"precision must be 1 to {MAX_PRECISION} bits, got {precision}")
     if used == 0 or used > total:
         raise ValueError(f"{used} occurring symbols do not fit a precision of {precision} bits")
-    exact = freqs * (total / freqs.sum())
-    out = np.where(freqs > 0, np.maximum(1, np.floor(exact)), 0).astype(np.int64)
+    out = np.floor(freqs * (total / freqs.sum())).astype(np.int64)
+    out = np.where(freqs > 0, np.maximum(1, out), 0)
+    if int(out.sum()) - total > int((out > 1).sum()):
+        # very many rare symbols: one each, the rest in proportion
+        out = np.where(freqs > 0, 1 + np.floor(freqs * ((total - used) / freqs.sum())), 0)
+        out = out.astype(np.int64)
     while (short := total - int(out.sum())) != 0:
         # the change in code length per unit given or taken is about count / frequency
         gain = np.where(freqs > 0, freqs / np.maximum(out, 1), -1.0)

@@ -39,7 +39,7 @@ VERSION = 1
 DIGEST = 32
 MAX_BYTES = 2 << 30
 _TABLE_LIMIT = 16 << 20
-_MAX_TENSORS = 100_000
+_MAX_TENSORS = 10_000
 _MAX_RANK = 8
 _MAX_SIZE = 2**40
 _MAX_NAME = 4096
@@ -100,6 +100,8 @@ def pack(
         raise ValueError(f"gap_bits must be 1 to 16 or None, got {gap_bits}")
     leaves = coded_leaves(coded)
     _check_paths(list(leaves), ValueError)
+    if len(leaves) > _MAX_TENSORS:
+        raise ValueError(f"{len(leaves)} tensors; a file holds at most {_MAX_TENSORS}")
     table.varint(len(leaves))
     for path, leaf in leaves.items():
         try:

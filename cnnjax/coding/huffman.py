@@ -14,7 +14,7 @@ import numpy as np
 from cnnjax.coding import bits as bitlib
 
 BLOCK = 2048  # symbols; BLOCK * MAX_LENGTH fits in 16 bits
-MAX_LENGTH = 20  # bits of the longest code; the decoding table has 2**MAX_LENGTH entries at most
+MAX_LENGTH = 16  # bits of the longest code; a decoding table has 2**MAX_LENGTH entries at most
 MAX_ALPHABET = 1 << MAX_LENGTH
 
 

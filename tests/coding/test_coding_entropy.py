@@ -257,6 +257,15 @@ def test_quantized_frequencies(freqs, precision):
     assert ans.cost_bits(freqs, table) >= entropy(freqs) * sum(freqs) - 1e-6
 
 
+def test_a_dominant_symbol_among_very_many_rare_ones():
+    freqs = np.ones(65_000, int)
+    freqs[7] = 10**7
+    table = ans.quantize_freqs(freqs, 16)
+    assert table.sum() == 1 << 16
+    assert table.min() == 1
+    assert table[7] == table.max()
+
+
 @pytest.mark.parametrize("n", [0, 1, 4095, 4096, 4097, 20_000])
 def test_ans_round_trips_and_is_near_the_entropy(n):
     symbols = geometric(n, seed=n)

@@ -197,6 +197,15 @@ def test_nan_and_infinity_are_refused(value):
         coding.quantize_tree(params)
 
 
+def test_the_papers_rate_and_the_file_that_reaches_it():
+    assert coding.sharing_rate(16, 4) == pytest.approx(3.2)
+    # a large dense tensor in fixed-width codes: the rate within the header's bytes
+    w = np.random.default_rng(0).normal(size=(200, 100)).astype("f4")
+    k = 16
+    blob = coding.pack({"w": coding.share_tensor(w, 4)}, method="fixed")
+    assert len(blob) - w.nbytes / coding.sharing_rate(w.size, k) < w.size * (5 - 4) / 8 + 120
+
+
 def test_bad_arguments():
     with pytest.raises(ValueError, match="bits"):
         coding.share_tensor(np.ones(3, "f4"), 0)
