@@ -8,19 +8,33 @@ from __future__ import annotations
 
 from cnnjax.pruning import (
     brain_damage,
+    dynamic,
     gates,
     granularity,
     importance,
     masks,
+    merging,
     noise,
+    obs,
     penalties,
     prox,
+    random_masks,
+    reconstruction,
     schedules,
     thresholding,
 )
 from cnnjax.pruning.brain_damage import ThinConv, thin, thin_conv
 from cnnjax.pruning.costs import CostModel
+from cnnjax.pruning.dead import dead_channels
 from cnnjax.pruning.depth import block_scores, removable_blocks, remove_blocks, select_blocks
+from cnnjax.pruning.dynamic import (
+    dynamic_network_surgery,
+    erdos_renyi,
+    random_mask,
+    regrowth,
+    spliced,
+    surgery_hooks,
+)
 from cnnjax.pruning.granularity import (
     GRANULARITIES,
     expand,
@@ -52,6 +66,8 @@ from cnnjax.pruning.masks import (
     prune_count,
     prune_smallest,
 )
+from cnnjax.pruning.merging import merge_neurons
+from cnnjax.pruning.next_layer import next_layer_scores, reconstruct
 from cnnjax.pruning.proof import ProofError
 from cnnjax.pruning.proximal import (
     Prox,
@@ -60,6 +76,7 @@ from cnnjax.pruning.proximal import (
     penalty_tree,
     prox_tree,
 )
+from cnnjax.pruning.random_masks import best_of_masks, best_of_n, bits_to_mask, particle_filter
 from cnnjax.pruning.select import select_channels
 from cnnjax.pruning.shrink import Cut, cut, shrink, shrink_tree
 from cnnjax.pruning.thresholding import (
@@ -69,6 +86,7 @@ from cnnjax.pruning.thresholding import (
     memory_bounded_l0,
     project_l0,
 )
+from cnnjax.pruning.tickets import lottery_ticket, rewind, sensitivity
 from cnnjax.pruning.transforms import MaskedState, get_mask, gradual, masked, set_mask
 
 __all__ = [
@@ -84,12 +102,19 @@ __all__ = [
     "ThinConv",
     "adam_steps",
     "apply_mask",
+    "best_of_masks",
+    "best_of_n",
+    "bits_to_mask",
     "block_scores",
     "brain_damage",
     "check_alive",
     "check_mask",
     "cut",
+    "dead_channels",
     "density",
+    "dynamic",
+    "dynamic_network_surgery",
+    "erdos_renyi",
     "expand",
     "forward_backward_splitting",
     "full_mask",
@@ -105,6 +130,7 @@ __all__ = [
     "keep_counts",
     "kept_columns",
     "latency_table",
+    "lottery_ticket",
     "magnitude_mask",
     "magnitude_scores",
     "mask_from_scores",
@@ -113,8 +139,13 @@ __all__ = [
     "masks",
     "measured_latency",
     "memory_bounded_l0",
+    "merge_neurons",
+    "merging",
     "n_m_mask",
+    "next_layer_scores",
     "noise",
+    "obs",
+    "particle_filter",
     "penalties",
     "penalty_tree",
     "project_l0",
@@ -123,19 +154,28 @@ __all__ = [
     "prune_count",
     "prune_retrain",
     "prune_smallest",
+    "random_mask",
+    "random_masks",
+    "reconstruct",
+    "reconstruction",
     "reduce",
     "register_linen",
+    "regrowth",
     "removable_blocks",
     "remove_blocks",
+    "rewind",
     "schedules",
     "select_blocks",
     "select_channels",
+    "sensitivity",
     "set_mask",
     "shrink",
     "shrink_linen",
     "shrink_tree",
+    "spliced",
     "strided_mask",
     "strided_positions",
+    "surgery_hooks",
     "thin",
     "thin_conv",
     "threshold_mask",

@@ -186,7 +186,7 @@ class ThinConv(nnx.Module):
             padding = ((padding, padding),) * 2
         elif not isinstance(padding, str):
             padding = tuple((p, p) if isinstance(p, int) else tuple(p) for p in padding)
-        self.padding = padding
+        self.padding: Any = padding
         self.precision = conv.precision
 
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n ho wo o"]:

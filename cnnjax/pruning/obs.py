@@ -266,8 +266,8 @@ def _path(w: Array, a: Array, block: int, length: int) -> tuple[Array, Array]:
             safe = jnp.maximum(diagonal, jnp.finfo(w.dtype).tiny)
             saliency = jnp.where(alive, 0.5 * jnp.square(w) / safe, jnp.inf)
             q = jnp.argmin(saliency)
-            # the column of the inverse as it is now: waiting updates subtracted
-            column = a[:, q] - jnp.matmul(u, u[q], precision=_HIGHEST)
+            # the row of the inverse as it is now: waiting updates subtracted
+            column = a[q] - jnp.matmul(u[:, q], u, precision=_HIGHEST)
             pivot = jnp.maximum(column[q], jnp.finfo(w.dtype).tiny)
             w = w - (w[q] / pivot) * column
             scaled = jnp.where(alive, column / jnp.sqrt(pivot), 0)
@@ -276,7 +276,7 @@ def _path(w: Array, a: Array, block: int, length: int) -> tuple[Array, Array]:
                 jnp.where(alive, w, 0),
                 diagonal - jnp.square(scaled),
                 alive,
-                u.at[:, i].set(scaled),
+                u.at[i].set(scaled),
                 order.at[i].set(q.astype(jnp.int32)),
                 costs.at[i].set(saliency[q]),
             )
@@ -285,12 +285,12 @@ def _path(w: Array, a: Array, block: int, length: int) -> tuple[Array, Array]:
             w,
             diagonal,
             alive,
-            jnp.zeros((n, block), w.dtype),
+            jnp.zeros((block, n), w.dtype),
             jnp.zeros(block, jnp.int32),
             jnp.zeros(block, w.dtype),
         )
         w, diagonal, alive, u, order, costs = jax.lax.fori_loop(0, block, inner, start)
-        a = a - jnp.matmul(u, u.T, precision=_HIGHEST)
+        a = a - jnp.matmul(u.T, u, precision=_HIGHEST)
         # the exact diagonal of the updated inverse, not the running one
         return (w, a, jnp.diagonal(a), alive), (order, costs)
 
