@@ -6,7 +6,7 @@ For each layer shape and each part (forward, gradient of the input, gradient of 
 forms run in turn, ``--rounds`` times, and the fastest round of each counts: on a shared machine the
 minimum is what the code needs. Only ratios are written (native time / form time: above 1, the form
 is faster). The choice in ``cnnjax/ops/choice.py`` follows these figures. ``--networks`` compares
-whole networks, forward and training step, with every convolution native against the chosen forms.
+whole networks, forward and gradient, with every convolution native against the chosen forms.
 """
 
 from __future__ import annotations
@@ -184,9 +184,10 @@ def _network(name: str, size: int, batch: int, fields: dict[str, Any], native: b
 
 
 def measure_network(
-    name: str, size: int, batch: int, fields: dict[str, Any], rounds: int
+    case: tuple[str, int, int, dict[str, Any]], rounds: int
 ) -> list[dict[str, Any]]:
     """Ratios all-native / chosen forms of one network."""
+    name, size, batch, fields = case
     built = {
         form: _network(name, size, batch, fields, form == "native") for form in ("native", "auto")
     }
@@ -213,40 +214,38 @@ def measure_network(
 
 
 def main() -> None:
-    """Measure every case and write the ratios."""
+    """Measure every case and write the ratios, after each one anew."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--out", default="benchmarks/results/conv_forms.json")
+    parser.add_argument("--out", help="default: benchmarks/results/conv_forms[_networks].json")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="every fourth case only")
-    parser.add_argument("--networks", action="store_true", help="whole networks as well")
+    parser.add_argument("--networks", action="store_true", help="whole networks, not layers")
     args = parser.parse_args()
-    rows = []
-    for case in CASES[:: 4 if args.quick else 1]:
-        for row in measure(case, args.rounds):
-            rows.append(row)
-            print(json.dumps(row), flush=True)
-    networks = []
-    for case in NETWORKS if args.networks else []:
-        for row in measure_network(*case, args.rounds):
-            networks.append(row)
-            print(json.dumps(row), flush=True)
-    record = {
-        "what": "native time / form time, best of interleaved rounds, one convolution in float32",
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "cpu_count": os.cpu_count(),
-        "jax": jax.__version__,
-        "rounds": args.rounds,
-        "reduced": bool(args.quick),
-        "rows": rows,
-        "networks": networks,
-    }
-    out = pathlib.Path(args.out)
+    cases: list[Any] = NETWORKS if args.networks else CASES
+    cases = cases[:: 4 if args.quick else 1]
+    suffix = "_networks" if args.networks else ""
+    out = pathlib.Path(args.out or f"benchmarks/results/conv_forms{suffix}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, out)
+    what = "one whole network" if args.networks else "one convolution"
+    rows: list[dict[str, Any]] = []
+    for done, case in enumerate(cases, 1):
+        new = (measure_network if args.networks else measure)(case, args.rounds)
+        rows += new
+        print(*map(json.dumps, new), sep="\n", flush=True)
+        record = {
+            "what": f"native time / form time, best of interleaved rounds, {what} in float32",
+            "backend": jax.default_backend(),
+            "device": jax.devices()[0].device_kind,
+            "machine": platform.machine(),
+            "cpu_count": os.cpu_count(),
+            "jax": jax.__version__,
+            "rounds": args.rounds,
+            "reduced": args.quick or done < len(cases),
+            "rows": rows,
+        }
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(record, indent=1) + "\n")
+        os.replace(temporary, out)
 
 
 if __name__ == "__main__":
