@@ -3,9 +3,21 @@
 Every loss is a pure function of arrays: a mean over examples in float32, with the teacher's
 gradient stopped. `kd` and `dkd` take logits; `hint`, `attention_transfer`, `fsp`, `saliency`,
 `hierarchical_context` take feature maps; `gradient_attention` takes functions.
+
+Training a student: a `DistillConfig` names the terms and layers, `plan_distillation` resolves
+them, `distillation_loss` is what `cnnjax.training.Hooks` takes. `widen` and `deepen` grow a network
+without changing its function.
 """
 
 from cnnjax.distillation.adapters import ChannelAdapter, HintRegressor
+from cnnjax.distillation.cache import (
+    CachedStream,
+    TargetCache,
+    cache_examples,
+    cache_stream,
+    load_cache,
+    lookup,
+)
 from cnnjax.distillation.contrastive import contrastive, hierarchical_context
 from cnnjax.distillation.deeper import deepen
 from cnnjax.distillation.detection_losses import (
@@ -35,23 +47,51 @@ from cnnjax.distillation.maps import (
 )
 from cnnjax.distillation.net2net import widen, widen_tree
 from cnnjax.distillation.neurons import neuron_mimic, neuron_profile, select_neurons
+from cnnjax.distillation.objective import (
+    DistillConfig,
+    Plan,
+    distillation_loss,
+    plan_distillation,
+)
 from cnnjax.distillation.synthetic import independent_marginals, munge
+from cnnjax.distillation.taps import (
+    Pair,
+    WithAdapters,
+    features_of,
+    make_adapter,
+    pair_features,
+    tap_shapes,
+)
+from cnnjax.distillation.teachers import Targets, Teacher, check_classes
 
 __all__ = [
+    "CachedStream",
     "ChannelAdapter",
+    "DistillConfig",
     "HintRegressor",
     "Move",
+    "Pair",
+    "Plan",
+    "TargetCache",
+    "Targets",
+    "Teacher",
     "Widening",
+    "WithAdapters",
     "attention_map",
     "attention_transfer",
     "bounded_regression",
+    "cache_examples",
+    "cache_stream",
+    "check_classes",
     "contrastive",
     "cross_entropy",
     "deepen",
     "detection_classification",
     "detection_regression",
+    "distillation_loss",
     "dkd",
     "ensemble_logits",
+    "features_of",
     "fsp",
     "fsp_matrix",
     "gradient_attention",
@@ -61,14 +101,20 @@ __all__ = [
     "independent_marginals",
     "input_gradient",
     "kd",
+    "load_cache",
     "logit_regression",
+    "lookup",
+    "make_adapter",
     "munge",
     "neuron_mimic",
     "neuron_profile",
+    "pair_features",
+    "plan_distillation",
     "saliency",
     "select_neurons",
     "smooth_l1",
     "soft_targets",
+    "tap_shapes",
     "weighted_soft_cross_entropy",
     "widen",
     "widen_tree",

@@ -158,7 +158,7 @@ def _norm(
     others = [m for m in surgery.modules(model).values() if isinstance(m, nnx.BatchNorm)]
     mode = others[0].use_running_average if others else False
     momentum = others[0].momentum if others else 0.9
-    norm = nnx.BatchNorm(
+    norm: Any = nnx.BatchNorm(
         channels, epsilon=epsilon, momentum=momentum, use_running_average=mode, rngs=rngs
     )
     axes = tuple(range(value.ndim - 1))
