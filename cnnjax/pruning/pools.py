@@ -97,16 +97,11 @@ def pools(graph: Graph) -> tuple[Pool, ...]:
 
 def _families(c: Constraint) -> list[tuple[np.ndarray, ...]]:
     """Sets of parts that need equal counts; none where whole conv-groups go."""
-    out = []
-    for parts in (c.parts, c.paired):
-        if not len(parts):
-            continue
-        distinct = [np.unique(p[p >= 0]) for p in parts]
-        alone = all(len(d) <= 1 for d in distinct)
-        if c.kind == "grouped" and alone and len(np.unique(np.concatenate(distinct))) > 1:
-            continue  # each conv-group is one atom: it goes, or stays, as a whole
-        out.append(tuple(parts))
-    return out
+    if c.kind == "grouped" and c.paired:
+        own = [np.unique(np.concatenate(q)) for q in zip(c.parts, c.paired)]
+        if all(len(a) == 1 and a[0] >= 0 for a in own) and len(np.unique(own)) == len(own):
+            return []  # each conv-group is one atom, inputs and outputs: it goes, or stays
+    return [tuple(parts) for parts in (c.parts, c.paired) if len(parts)]
 
 
 def _components(count: int, joined: Sequence[np.ndarray]) -> np.ndarray:
@@ -172,5 +167,5 @@ def _schedule(sizes: np.ndarray, balance: np.ndarray) -> np.ndarray | None:
             kept = np.arange(levels, -1, -1)[:, None] * weight
             if not exact:
                 kept = np.concatenate([sizes[None], kept])
-            return kept if len(kept) > 2 or len(sizes) == 1 else None
+            return kept if len(kept) > 2 else None
     return None

@@ -394,3 +394,35 @@ def test_costs_printed_in_the_l1_filter_pruning_paper(case):
     keep = pruning.select_channels(graph, scores, ratio=ratio)
     costs = pruning.CostModel(graph, variables=kernels)
     assert (costs.macs(keep.alive), costs.params(keep.alive)) == (macs, weights)
+
+
+def test_conv_groups_with_one_output_each_stay_or_go_together():
+    """Removing one of these outputs alone would leave a conv-group without outputs."""
+
+    class Grouped(nnx.Module):
+        def __init__(self, rngs):
+            self.a = nnx.Conv(3, 8, (1, 1), rngs=rngs)
+            self.b = nnx.Conv(8, 4, (1, 1), feature_group_count=4, rngs=rngs)
+            self.c = nnx.Conv(4, 2, (1, 1), rngs=rngs)
+
+        def __call__(self, x):
+            return self.c(nnx.relu(self.b(self.a(x))))
+
+    model = nnx.eval_shape(lambda: Grouped(nnx.Rngs(0)))
+    scores = {"a/kernel": np.arange(8.0), "b/kernel": np.arange(4.0)}
+    graph = G.trace(model, X)
+    keep = pruning.select_channels(graph, scores, ratio=0.5)
+    assert kept(keep, graph, "a/kernel").tolist() == [1, 3, 5, 7]  # the better of each pair
+    assert len(kept(keep, graph, "b/kernel")) == 4
+    small = pruning.shrink(model, graph, keep)
+    assert small.b.kernel.shape == (1, 1, 1, 4)
+    # in the mode of whole conv-groups the lowest groups go, inputs and outputs
+    whole = G.trace(model, X, mode="whole")
+    keep = pruning.select_channels(whole, scores, ratio=0.5)
+    small = pruning.shrink(model, whole, keep)
+    assert small.b.feature_group_count == 2
+    assert small.b.kernel.shape == (1, 1, 2, 2)
+    # and in the mode of tied positions every group loses the same ones
+    tied = G.trace(model, X, mode="tied")
+    keep = pruning.select_channels(tied, scores, ratio=0.5)
+    assert kept(keep, tied, "a/kernel").tolist() == [1, 3, 5, 7]
