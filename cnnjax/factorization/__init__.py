@@ -17,6 +17,7 @@ from cnnjax.factorization.chain import (
     split_groups,
     tucker2_chain,
 )
+from cnnjax.factorization.choose import choose_ranks
 from cnnjax.factorization.circulant import circulant_learn, circulant_reconfigure
 from cnnjax.factorization.cp import CPInfo, best_of, compose_cp, cp_als, cp_tpm
 from cnnjax.factorization.cp_nls import cp_nls
@@ -57,7 +58,6 @@ from cnnjax.factorization.rules import (
     Scheme1,
     Spatial,
     Tucker2,
-    choose_ranks,
 )
 from cnnjax.factorization.spatial import (
     compose_scheme1,

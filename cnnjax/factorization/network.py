@@ -14,8 +14,9 @@ from cnnjax import graph as graphs
 from cnnjax import surgery
 from cnnjax.errors import did_you_mean
 from cnnjax.factorization.chain import Chain, ConvSpec, conv_cost, stages_cost
+from cnnjax.factorization.choose import choose_ranks
 from cnnjax.factorization.matrix import check_finite, svd_dense
-from cnnjax.factorization.rules import Basis, Rule, choose_ranks
+from cnnjax.factorization.rules import Basis, Rule
 from cnnjax.tree import glob_match
 
 
