@@ -189,6 +189,7 @@ def solve(
         identity={k: ident[s : s + ledger.lengths[k]] for k, s in starts},
         tables={k: np.where(g.inputs == STAY, -1, ident[g.inputs]) for k, g in table_keys.items()},
         literals=tuple(ledger.literals),
+        parameters=ledger.parameters,
         notes=tuple(ledger.notes),
     )
 

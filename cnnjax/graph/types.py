@@ -323,6 +323,7 @@ class Graph:
         positions meet. Finer than atoms, which also bind positions that only go together.
       tables: the same for the ``table`` of grouped kernels.
       literals: scalar constants of the program, in order, with their lines' equation info.
+      parameters: paths of the trainable variables (running statistics and keys are not).
       notes: the dims that labels had after each reshape, for `cnnjax.graph.label_check`.
     """
 
@@ -340,6 +341,7 @@ class Graph:
     identity: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     tables: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     literals: tuple[tuple[float, Any], ...] = dataclasses.field(default=(), repr=False)
+    parameters: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     notes: tuple[Any, ...] = dataclasses.field(default=(), repr=False)
 
     def axis(self, path: str, axis: int = -1) -> Axis:

@@ -19,8 +19,7 @@ class CostModel:
 
     Args:
       graph: of the network.
-      variables: paths that count as parameters; by default every variable that ``graph`` says is
-        one (all floating-point variables but running means and variances).
+      variables: paths that count as parameters; by default the graph's trainable variables.
     """
 
     def __init__(self, graph: Graph, variables: Collection[str] | None = None) -> None:
@@ -44,7 +43,7 @@ class CostModel:
         self.base, self.owner = base, np.array(owner, np.int64)
         self.labels = np.concatenate(flat) if flat else np.zeros(0, np.int64)
         self.starts = np.cumsum([0] + [len(f) for f in flat[:-1]]) if flat else np.zeros(0, int)
-        counted = set(variables) if variables is not None else set(filter(_trainable, paths))
+        counted = set(graph.parameters if variables is None else variables)
         self.counted = np.array([p in counted for p in paths])
         self.itemsize = np.array([_itemsize(graph.dtypes[p]) for p in paths], np.int64)
         self.factor = np.zeros(len(paths))
@@ -94,10 +93,6 @@ class CostModel:
     def bytes(self, alive: np.ndarray) -> float:
         """Bytes of the trainable scalars."""
         return float((self.elements(alive) * self.itemsize)[self.counted].sum())
-
-
-def _trainable(path: str) -> bool:
-    return path.rpartition("/")[2] not in ("mean", "var", "count", "key")
 
 
 def _itemsize(dtype: object) -> int:
