@@ -87,7 +87,7 @@ def test_pretraining_learns_and_leaves_the_argument_alone(network):
 
 def test_bad_arguments(network):
     with pytest.raises(TypeError, match="takes a NiN, got Linear"):
-        mpnin.pretrain.__wrapped__(
+        getattr(mpnin.pretrain, "__wrapped__", mpnin.pretrain)(
             nnx.Linear(2, 2, rngs=nnx.Rngs(0)), lambda i: [], optax.sgd(0.1), rngs=nnx.Rngs(0)
         )
     with pytest.raises(ValueError, match=r"index must be in 0 \.\.\. 2, got 3"):
