@@ -91,7 +91,7 @@ class Context:
         parallelism, and whether to show progress."""
         self.data, self.seed, self.name, self.folder = data_config, seed, name, folder
         self.mesh, self.progress = mesh, progress
-        self._steps: list[tuple[training.Network, bool, Any]] = []
+        self._steps: list[tuple[training.Network, bool, Any, Any]] = []
 
     def key(self, what: str = "") -> jax.Array:
         """A random key that depends on the run's seed, the stage and ``what``."""
@@ -127,13 +127,20 @@ class Context:
         )
 
     def evaluate(
-        self, network: training.Network, state: training.TrainState, *, ema: bool = False
+        self,
+        network: training.Network,
+        state: training.TrainState,
+        *,
+        ema: bool = False,
+        hooks: training.Hooks | None = None,
     ) -> dict[str, float]:
-        """``{"loss", "top1", "top5", "count"}`` on the test split."""
-        step = next((s for n, e, s in self._steps if n is network and e == ema), None)
+        """``{"loss", "top1", "top5", "count"}`` on the test split (by the hooks' ``reparam``)."""
+        step = next(
+            (s for n, e, h, s in self._steps if n is network and e == ema and h is hooks), None
+        )
         if step is None:
-            step = training.make_eval_step(network, ema=ema, mesh=self.mesh)
-            self._steps.append((network, ema, step))
+            step = training.make_eval_step(network, ema=ema, mesh=self.mesh, hooks=hooks)
+            self._steps.append((network, ema, hooks, step))
         put = None if self.mesh is None else lambda b: training.shard_batch(b, self.mesh)
         return training.evaluate(step, state, self.test_batches(), put=put)
 
@@ -149,6 +156,9 @@ class Context:
         hooks: training.Hooks | None = None,
         callbacks: Callable[[training.Network], Sequence[tuple[int, Any]]] | None = None,
         extra: PyTree = None,
+        params: PyTree = None,
+        constants: PyTree = None,
+        stream: Callable[[data.Loader], Any] | None = None,
     ) -> Trained:
         """Trains a model, resuming exactly from the stage's folder.
 
@@ -162,6 +172,11 @@ class Context:
           hooks: see `cnnjax.training.Hooks`.
           callbacks: ``network -> [(every, fn)]`` with ``state = fn(state, step)``.
           extra: the state's free slot.
+          params: trainable pytree if it is not the model's own parameters (``reparam`` hook); then
+            build the model from the state, `Trained.model` can't.
+          constants: arrays that hooks read, e.g. a teacher's; see `make_train_step`.
+          stream: ``loader -> batches`` instead of the loader's own, e.g. with cached targets;
+            keeps ``get_state`` and ``set_state``.
 
         Returns:
           See `Trained`; the last evaluation is the newest record of kind ``"eval"``.
@@ -177,15 +192,20 @@ class Context:
             optimizer = wrap(optimizer)
         ema = recipe.ema_decay is not None
         network, state = training.create_state(
-            model, optimizer, seed=self.seed, ema=ema, extra=extra
+            model, optimizer, seed=self.seed, ema=ema, extra=extra, params=params
         )
+        # evaluation sees the same parameters as training does
+        reparam = hooks if hooks is not None and hooks.reparam is not None else None
         hooks = hooks or training.Hooks(loss=training.classification_loss(recipe.label_smoothing))
+        if constants is not None and self.mesh is not None:
+            constants = training.replicate(constants, self.mesh)
         step = training.make_train_step(
             network,
             optimizer,
             config=recipe.step_config(),
             hooks=hooks,
             learning_rate=rate,
+            constants=constants,
             mesh=self.mesh,
         )
         call = recipe.steps_per_call
@@ -197,7 +217,7 @@ class Context:
             result = training.fit(
                 step,
                 state,
-                loader,
+                loader if stream is None else stream(loader),
                 training.FitConfig(
                     total_steps=total,
                     log_every=interval(1.0),
@@ -207,7 +227,7 @@ class Context:
                     name=name,
                 ),
                 workdir=self.folder,
-                evaluate=lambda s: self.evaluate(network, s, ema=ema),
+                evaluate=lambda s: self.evaluate(network, s, ema=ema, hooks=reparam),
                 mesh=self.mesh,
                 callbacks=callbacks(network) if callbacks else (),
             )

@@ -4,6 +4,22 @@ from __future__ import annotations
 
 from cnnjax.pipeline.stages.compress import DeepCompression
 from cnnjax.pipeline.stages.prune import Prune
+from cnnjax.pipeline.stages.sparse_training import (
+    Gates,
+    Proximal,
+    ShrinkDead,
+    Surgery,
+    Threshold,
+)
 from cnnjax.pipeline.stages.train import Train
 
-__all__ = ["DeepCompression", "Prune", "Train"]
+__all__ = [
+    "DeepCompression",
+    "Gates",
+    "Proximal",
+    "Prune",
+    "ShrinkDead",
+    "Surgery",
+    "Threshold",
+    "Train",
+]

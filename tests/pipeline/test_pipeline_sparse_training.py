@@ -1,0 +1,138 @@
+"""Stages of sparse training on real digits: exact zeros, the right counts, a really smaller net."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from cnnjax import data, graph, models, pipeline, pruning, training
+from cnnjax.pipeline.stages import Gates, Proximal, ShrinkDead, Surgery, Threshold
+
+SIZES = [(64, 24), (24, 16), (16, 10)]
+
+
+@pytest.fixture(scope="module")
+def digits_dir(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tfds")
+    data.info("digits", folder)
+    return folder
+
+
+def run(digits_dir, workdir, stages):
+    config = pipeline.config_dict(
+        "demo",
+        model=pipeline.ModelSpec("plain_mlp", {"hidden": (24, 16)}),
+        data=pipeline.DataConfig(
+            "digits", data_dir=str(digits_dir), batch_size=64, eval_batch_size=355, workers=0
+        ),
+        stages=stages,
+        seeds=(0,),
+    )
+    config.data_parallel = False
+    found = pipeline.run(config, workdir, progress=False)["runs"][0]["stages"]
+    arrays = {}
+    for name in stages:
+        with np.load(workdir / "seed0" / name / "network" / "arrays.npz") as file:
+            arrays[name] = dict(file)
+    return found, arrays
+
+
+def recipe(epochs, base=1e-2, name="cosine"):
+    schedule = training.ScheduleConfig(name, base=base)
+    return pipeline.Recipe(epochs=epochs, schedule=schedule, steps_per_call=11)
+
+
+@pytest.mark.method("iterative_hard_thresholding")
+def test_threshold_ends_with_exactly_k_weights_and_learns(digits_dir, tmp_path):
+    stage = Threshold(recipe(4.0), keep=0.25, cycles=2, dense_epochs=1.0, sparse_epochs=1.0)
+    (found,), arrays = run(digits_dir, tmp_path, {"threshold": stage})
+    kernels = [w for p, w in arrays["threshold"].items() if p.endswith("kernel")]
+    assert sorted(int((w != 0).sum()) for w in kernels) == sorted(
+        int(a * b * 0.25) for a, b in SIZES
+    )
+    assert found["accuracy"] > 0.8
+    assert found["metrics"]["steps"] == 22 * 7
+
+
+@pytest.mark.method("dynamic_network_surgery")
+def test_surgery_is_evaluated_and_saved_with_its_mask(digits_dir, tmp_path):
+    stage = Surgery(recipe(6.0), rate=0.3, gamma=1e-3)
+    (found,), arrays = run(digits_dir, tmp_path, {"surgery": stage})
+    zeros = {p: (w == 0).mean() for p, w in arrays["surgery"].items() if p.endswith("kernel")}
+    assert all(z > 0.2 for z in zeros.values())
+    assert found["accuracy"] > 0.8
+    # what training evaluated is what was saved
+    np.testing.assert_allclose(found["loss"], found["metrics"]["loss"], rtol=1e-4)
+    with np.load(tmp_path / "seed0" / "surgery" / "network" / "mask.npz") as file:
+        packed = dict(file)
+    for path, w in arrays["surgery"].items():
+        mask = np.unpackbits(packed[path], count=w.size).astype(bool).reshape(w.shape)
+        assert (w[~mask] == 0).all()
+
+
+@pytest.mark.method("hard_concrete_l0")
+@pytest.mark.method("forward_backward_splitting")
+@pytest.mark.parametrize("kind", ["gates", "proximal"])
+def test_structured_training_ends_in_a_smaller_network(digits_dir, tmp_path, kind):
+    if kind == "gates":
+        spec = {"denses/1/kernel": "channel", "head/kernel": "channel"}
+        first = Gates(recipe(12.0, 2e-2, "constant"), gates=spec, strength=3e-3)
+    else:
+        first = Proximal(recipe(12.0), strength=2.0, include=("denses/*/kernel",))
+    (trained, small), arrays = run(digits_dir, tmp_path, {kind: first, "small": ShrinkDead()})
+    widths = [len(arrays["small"][f"denses/{i}/bias"]) for i in (0, 1)]
+    assert widths[0] < 24 or widths[1] < 16
+    assert trained["accuracy"] > 0.8
+    np.testing.assert_allclose(small["accuracy"], trained["accuracy"], atol=1e-6)
+    np.testing.assert_allclose(small["loss"], trained["loss"], rtol=1e-4)
+    assert sum(w.size for w in arrays["small"].values()) < sum(
+        w.size for w in arrays[kind].values()
+    )
+    if kind == "gates":
+        assert trained["metrics"]["active"]["denses/1/kernel"] >= widths[0]
+
+
+def test_dead_channels_are_those_that_nothing_makes_or_nothing_reads():
+    model = models.create("plain_cnn", rngs=nnx.Rngs(0), widths=(6, 5), hidden=(7,))
+    model.eval()
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 8, 8, 1)), jnp.float32)
+    found = graph.trace(model, x)
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    mask = jax.tree.map(lambda w: np.ones(w.shape, bool), params)
+    mask["convs"][0]["kernel"][..., [1, 4]] = False
+    mask["convs"][0]["bias"][[1]] = False  # 4 still emits its bias
+    mask["convs"][1]["kernel"][:, :, 3] = False  # nobody reads 3
+    mask["head"]["kernel"][2] = False
+    keep = pruning.dead_channels(found, mask)
+    alive = dict(keep.groups)
+    np.testing.assert_array_equal(alive["convs/0"], [1, 0, 1, 0, 1, 1])
+    assert alive["convs/1"].all()
+    np.testing.assert_array_equal(alive["denses/0"], [1, 1, 0, 1, 1, 1, 1])
+    graphdef, state = nnx.split(model)
+    masked = nnx.merge(graphdef, state)
+    nnx.update(masked, jax.tree.map(lambda w, m: w * m, params, mask))
+    small = pruning.shrink(masked, found, keep)
+    np.testing.assert_allclose(small(x), masked(x), atol=1e-5)
+    with pytest.raises(KeyError, match="no variable"):
+        pruning.dead_channels(found, {"conv": np.ones(3, bool)})
+
+
+def test_bad_settings_are_refused_before_any_work():
+    with pytest.raises(ValueError, match="cycles >= 1"):
+        Threshold(cycles=0)
+    with pytest.raises(ValueError, match="stop is a part"):
+        Surgery(stop=0.0)
+    with pytest.raises(ValueError, match="'filtre'"):
+        Gates(gates={"head/kernel": "filtre"})
+    with pytest.raises(ValueError, match="unknown operator"):
+        Proximal(kind="l3")
+    params = {"head": {"kernel": jnp.ones((3, 2))}}
+    with pytest.raises(ValueError, match="gates is empty"):
+        Gates().check(params)
+    with pytest.raises(KeyError, match="'fc/kernel'"):
+        Gates(gates={"fc/kernel": "filter"}).check(params)
+    with pytest.raises(ValueError, match="leaves 0"):
+        Threshold(keep=0.01).check(params)
