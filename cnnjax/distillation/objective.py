@@ -182,21 +182,21 @@ def plan_distillation(
       ValueError: a glob that matches nothing or several layers.
     """
 
-    def resolve(pairs: Any) -> tuple[taplib.Pair, ...]:
-        return taplib.pair_features(student, teacher, pairs, *example)
-
-    hints, attention = resolve(config.hints), resolve(config.attention)
-    sections, pairs = [], list(hints)
-    for first, last, teacher_first, teacher_last in config.fsp:
-        a, b = resolve([(first, teacher_first), (last, teacher_last)])
-        sections.append(((a.student, b.student), (a.teacher, b.teacher)))
-        pairs += [a, b]
+    ends = [((f, tf), (e, te)) for f, e, tf, te in config.fsp]
+    wanted = [*config.hints, *config.attention, *(end for both in ends for end in both)]
+    found = taplib.pair_features(student, teacher, wanted, *example)
+    split, rest = len(config.hints), len(config.hints) + len(config.attention)
+    hints, attention, fsp_pairs = found[:split], found[split:rest], found[rest:]
+    sections = tuple(
+        ((a.student, b.student), (a.teacher, b.teacher))
+        for a, b in zip(fsp_pairs[::2], fsp_pairs[1::2], strict=True)
+    )
     return Plan(
         config,
         tuple((p.student, p.teacher) for p in hints),
         tuple((p.student, p.teacher) for p in attention),
-        tuple(sections),
-        tuple(pairs),
+        sections,
+        (*hints, *fsp_pairs),
     )
 
 

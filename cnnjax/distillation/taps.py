@@ -18,6 +18,7 @@ from cnnjax.distillation.adapters import ChannelAdapter, HintRegressor
 from cnnjax.errors import did_you_mean
 from cnnjax.graph import capture
 from cnnjax.graph.tracing import evaluation_mode
+from cnnjax.tree import check_patterns, glob_match
 
 Shape = tuple[int, ...]
 SIDES = ("input", "output")
@@ -28,7 +29,7 @@ class Tapped:
     """A model's tapped layers, by a dry run.
 
     Attributes:
-      paths: matching module paths (with the side) in the order in which the model calls them.
+      paths: matching module paths (with the side) in the model's order.
       shapes: of their outputs, by path, for the example's batch.
       logits: shape of the model's own output.
     """
@@ -59,23 +60,28 @@ def tap_shapes(model: nnx.Module, glob: str, *example: Any) -> Tapped:
     Raises:
       ValueError: the glob matches no module (names near ones), or one whose output can't be had.
     """
+    return _tapped(model, [glob], example)[glob]
+
+
+def _tapped(model: nnx.Module, globs: Sequence[str], example: tuple[Any, ...]) -> dict[str, Tapped]:
+    """`tap_shapes` of several globs by one dry run."""
     graphdef, state = nnx.split(evaluation_mode(model))
-    pattern, side = split_tap(glob)
+    paths = ["/".join(map(str, path)) for path, _ in nnx.iter_modules(model) if path]
+    chosen: dict[str, list[str]] = {}
+    for glob in globs:
+        pattern, side = split_tap(glob)
+        check_patterns(pattern, paths, what="module")
+        suffix = "" if side == "output" else f":{side}"
+        chosen[glob] = [p + suffix for p in paths if glob_match(pattern, p)]
+    taps = tuple(dict.fromkeys(t for found in chosen.values() for t in found))
 
     def call(state: Any, *x: Any) -> Any:
-        return capture(nnx.merge(graphdef, state, copy=True), {pattern: side})(*x)
+        return features_of(nnx.merge(graphdef, state, copy=True), taps)(*x)
 
-    order: list[str] = []
-
-    def ordered(state: Any, *x: Any) -> Any:
-        out, found = call(state, *x)
-        order.extend(found)  # pytrees of dicts come back sorted by key
-        return out, found
-
-    out, found = jax.eval_shape(ordered, state, *example)
-    suffix = "" if side == "output" else f":{side}"
-    shapes = {p + suffix: tuple(getattr(found[p], "shape", ())) for p in order}
-    return Tapped(tuple(shapes), shapes, tuple(getattr(out, "shape", ())))
+    out, found = jax.eval_shape(call, state, *example)
+    logits = tuple(getattr(out, "shape", ()))
+    shapes = {t: tuple(getattr(found[t], "shape", ())) for t in taps}
+    return {g: Tapped(tuple(ts), {t: shapes[t] for t in ts}, logits) for g, ts in chosen.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,18 +123,16 @@ def pair_features(
     Raises:
       ValueError: a glob that matches nothing or several layers.
     """
-    out = []
-    for ours, theirs in pairs:
-        sides = []
-        for who, model, glob in (("student", student, ours), ("teacher", teacher, theirs)):
-            try:
-                found = tap_shapes(model, glob, *example)
-                path = found.only(glob)
-            except ValueError as error:
-                raise ValueError(f"{who}: {error}") from error
-            sides.append((path, found.shapes[path]))
-        out.append(Pair(sides[0][0], sides[1][0], sides[0][1], sides[1][1]))
-    return tuple(out)
+    sides: list[list[tuple[str, Shape]]] = []
+    for i, (who, model) in enumerate((("student", student), ("teacher", teacher))):
+        globs = [pair[i] for pair in pairs]
+        try:
+            found = _tapped(model, globs, example) if globs else {}
+            taps = [found[g].only(g) for g in globs]
+        except ValueError as error:
+            raise ValueError(f"{who}: {error}") from error
+        sides.append([(t, found[g].shapes[t]) for t, g in zip(taps, globs, strict=True)])
+    return tuple(Pair(a, b, x, y) for (a, x), (b, y) in zip(*sides, strict=True))
 
 
 def make_adapter(pair: Pair, *, activation: Any = jax.nn.relu, rngs: nnx.Rngs) -> nnx.Module:

@@ -21,6 +21,7 @@ from cnnjax import data, models, report, training
 from cnnjax.pipeline import store
 from cnnjax.pipeline.config import RunConfig, from_config, to_plain
 from cnnjax.pipeline.context import Context, write_json
+from cnnjax.pipeline.fields import image_shape, model_fields
 from cnnjax.pipeline.registry import Carry, Outcome
 
 
@@ -44,7 +45,7 @@ def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) 
     """
     cfg = config if isinstance(config, RunConfig) else from_config(config)
     described = data.info(cfg.data.name, cfg.data.data_dir or None)
-    fields = _model_fields(cfg, described)
+    fields = model_fields(cfg.model, cfg.data, described)
     shape = models.abstract(cfg.model.name, **fields)
     _check_stages(cfg, shape)
     folder = training.check_workdir(workdir)
@@ -66,7 +67,7 @@ def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) 
     mesh = None
     if cfg.data_parallel and jax.device_count() > 1:
         mesh = training.data_mesh()
-    example = jax.ShapeDtypeStruct((1, *_image_shape(cfg, described)), np.float32)
+    example = jax.ShapeDtypeStruct((1, *image_shape(cfg.data, described)), np.float32)
     runs = []
     for seed in cfg.seeds:
         stages = _run_seed(cfg, fields, example, seed, folder / f"seed{seed}", mesh, progress)
@@ -161,21 +162,6 @@ def _measure(
         "metrics": outcome.metrics,
         "curve": outcome.curve,
     }
-
-
-def _image_shape(cfg: RunConfig, described: Any) -> tuple[int, int, int]:
-    height, width = cfg.data.augment.out_size(described.image_shape, train=False)
-    return height, width, described.image_shape[2]
-
-
-def _model_fields(cfg: RunConfig, described: Any) -> dict[str, Any]:
-    """The model's fields, completed from the data."""
-    height, width, channels = _image_shape(cfg, described)
-    known = vars(models.config(cfg.model.name))
-    fields: dict[str, Any] = {"num_classes": described.num_classes, "in_channels": channels}
-    if "image_size" in known and height == width:
-        fields["image_size"] = height
-    return {k: v for k, v in fields.items() if k in known} | dict(cfg.model.fields)
 
 
 def _check_stages(cfg: RunConfig, shape: Any) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from cnnjax.pipeline.stages.compress import DeepCompression
+from cnnjax.pipeline.stages.distill import Distill, KeepTeacher
+from cnnjax.pipeline.stages.pretrained import Pretrained
 from cnnjax.pipeline.stages.prune import Prune
 from cnnjax.pipeline.stages.sparse_training import (
     Gates,
@@ -15,7 +17,10 @@ from cnnjax.pipeline.stages.train import Train
 
 __all__ = [
     "DeepCompression",
+    "Distill",
     "Gates",
+    "KeepTeacher",
+    "Pretrained",
     "Proximal",
     "Prune",
     "ShrinkDead",

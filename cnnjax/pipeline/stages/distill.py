@@ -1,0 +1,227 @@
+"""Distillation as a stage: a student learns from networks that earlier stages trained."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from cnnjax import data, distillation, models, pruning, training, tree
+from cnnjax.distillation import DistillConfig
+from cnnjax.pipeline.config import ModelSpec
+from cnnjax.pipeline.context import Context, Recipe
+from cnnjax.pipeline.fields import image_shape, model_fields
+from cnnjax.pipeline.registry import Carry, Outcome, stage
+from cnnjax.pipeline.stages.masking import mask_averages, params_of
+
+CACHES = ("none", "memory", "disk")
+
+
+@stage("keep_teacher")
+@dataclasses.dataclass(frozen=True)
+class KeepTeacher:
+    """Hands the network on as a teacher of later stages; the network itself goes on unchanged.
+
+    Attributes:
+      add: join the teachers that are there already (an ensemble), instead of replacing them.
+    """
+
+    add: bool = False
+    restructures = True  # it is run again after an interruption: a teacher is not on the disk
+
+    def run(self, network: Carry, context: Context) -> Outcome:
+        """See `cnnjax.pipeline.registry`."""
+        known = network.extras.get("teachers", ()) if self.add else ()
+        teachers = (*known, training.set_mode(network.model, train=False))
+        extras = {**network.extras, "teachers": teachers}
+        return Outcome(dataclasses.replace(network, extras=extras), {"teachers": len(teachers)})
+
+
+@stage("distill")
+@dataclasses.dataclass(frozen=True)
+class Distill:
+    """Trains a student with a teacher's help.
+
+    The teachers are those that `KeepTeacher` stages kept. Without any, the network that comes in is
+    the teacher, and stays it for later stages; then a ``student`` must be named.
+
+    Attributes:
+      recipe: how the student is trained.
+      loss: what it learns from.
+      student: a fresh network; None: the network that comes in, e.g. a pruned one (a mask that it
+        brings is kept).
+      first: None, or how a first stage is trained with hints and FSP alone, as in FitNets and in
+        Yim et al.; optimizer, schedule and adapters start anew for the second, which has the other
+        terms.
+      cache: ``"none"``: the teacher runs in every step; ``"memory"`` or ``"disk"``: once, ahead,
+        over the very batches of the run, augmented as they will be.
+      combine: how several teachers are averaged, ``"geometric"`` or ``"arithmetic"``.
+      split: training images of the student if not those of the run, e.g. ``"train[:200]"``: a
+        teacher that saw more than the student does.
+    """
+
+    recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    loss: DistillConfig = dataclasses.field(default_factory=DistillConfig)
+    student: ModelSpec | None = None
+    first: Recipe | None = None
+    cache: str = "none"
+    combine: str = "geometric"
+    split: str = ""
+
+    def __post_init__(self) -> None:
+        if self.cache not in CACHES:
+            raise ValueError(f"cache is {self.cache!r}; expected one of {CACHES}")
+        if self.combine not in ("geometric", "arithmetic"):
+            raise ValueError(f"combine is {self.combine!r}; 'geometric' or 'arithmetic'")
+        if self.first is not None:
+            self.loss.stage_one()  # refuses a loss without hints and FSP
+
+    @property
+    def restructures(self) -> bool:
+        """Whether the network that goes on is another one."""
+        return self.student is not None
+
+    def run(self, network: Carry, context: Context) -> Outcome:
+        """See `cnnjax.pipeline.registry`.
+
+        Raises:
+          ValueError: no teacher, class counts that differ, taps that match nothing.
+        """
+        if self.split:
+            context = copy.copy(context)
+            context.data = dataclasses.replace(context.data, train=self.split)
+        teachers = network.extras.get("teachers", ())
+        if not teachers and self.student is not None:
+            teachers = (training.set_mode(network.model, train=False),)
+        if not teachers and self.loss.taught:
+            raise ValueError(
+                f"stage {context.name!r}: the network has no teacher; put a keep_teacher stage "
+                "where it is still whole, or name a student"
+            )
+        described = data.info(context.data.name, context.data.data_dir or None)
+        shape = (1, *image_shape(context.data, described))
+        example = jax.ShapeDtypeStruct(shape, np.float32)
+        model, mask = network.model, network.mask
+        if self.student is not None:
+            fields = model_fields(self.student, context.data, described)
+            model, mask = (
+                models.create(self.student.name, rngs=nnx.Rngs(context.seed), **fields),
+                None,
+            )
+        guide = None
+        if self.loss.taught:
+            guide = distillation.Teacher(
+                teachers, mode=self.combine, temperature=self.loss.temperature
+            )
+            distillation.check_classes(model, guide, example)
+        phases = [("train", self.recipe, self.loss)]
+        if self.first is not None:
+            phases = [
+                ("first", self.first, self.loss.stage_one()),
+                ("train", self.recipe, self.loss.stage_two()),
+            ]
+        metrics: dict[str, Any] = {}
+        for name, recipe, config in phases:
+            phase = _Phase(name, recipe, config, guide, self.cache, example)
+            model, metrics = phase.train(model, mask, teachers, context)
+        if teachers:
+            metrics["agreement"] = _agreement(model, teachers[0], context)
+        extras = {**network.extras, "teachers": teachers}
+        return Outcome(Carry(model, mask, extras), metrics)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Phase:
+    name: str
+    recipe: Recipe
+    config: DistillConfig
+    guide: Any
+    cache: str
+    example: Any
+
+    def train(
+        self, model: Any, mask: Any, teachers: tuple[Any, ...], context: Context
+    ) -> tuple[Any, dict[str, Any]]:
+        """The trained student without its adapters, and what the last evaluation said."""
+        config = self.config
+        if self.recipe.label_smoothing:
+            config = dataclasses.replace(config, label_smoothing=self.recipe.label_smoothing)
+        guide = self.guide if config.taught else None
+        plan = distillation.Plan(config)
+        if guide is not None:
+            plan = distillation.plan_distillation(config, model, teachers[0], self.example)
+            guide = guide.with_taps(plan.teacher_taps)
+        adapters = plan.adapters(nnx.Rngs(context.seed))
+        student = distillation.WithAdapters(model, adapters) if adapters else model
+        loader = context.train_loader()
+        steps = max(1, round(self.recipe.epochs * loader.steps_per_epoch))
+        loader.close()
+        stream = None
+        if guide is not None and self.cache != "none":
+            stream = self.stream(guide, steps, context)
+        loss = distillation.distillation_loss(plan, None if stream else guide, total_steps=steps)
+        hooks, wrap = training.Hooks(loss=loss), None
+        if mask is not None:
+            whole = mask
+            if adapters:
+                free = tree.map_with_path(lambda _, w: jnp.ones(w.shape, bool), params_of(student))
+                whole = {**free, "student": mask}
+            hooks = dataclasses.replace(mask_averages(self.recipe), loss=loss)
+            wrap = lambda optimizer: pruning.masked(optimizer, whole)  # noqa: E731
+        trained = context.train(
+            student,
+            self.recipe,
+            name=self.name,
+            steps=steps,
+            hooks=hooks,
+            wrap=wrap,
+            constants=None if guide is None or stream else {"teacher": guide.constants},
+            stream=stream,
+        )
+        last = trained.fit.last("eval")
+        out = trained.model()
+        return out.student if adapters else out, {"steps": last["step"], "loss": last["loss"]}
+
+    def stream(self, guide: Any, steps: int, context: Context) -> Any:
+        """``loader -> batches with targets``; the targets are made when they are first asked."""
+        folder = context.folder / f"targets_{self.name}"
+
+        def attach(loader: Any) -> Any:
+            if self.cache == "disk":
+                if not (folder / "cache.json").exists():
+                    distillation.cache_stream(guide, loader, steps).save(folder)
+                cache = distillation.load_cache(folder)
+            else:
+                cache = distillation.cache_stream(guide, loader, steps)
+            return distillation.CachedStream(loader, cache, teacher=guide)
+
+        return attach
+
+
+def _agreement(student: Any, teacher: Any, context: Context) -> float:
+    """Share of the test images on which both name the same class."""
+    networks, arrays = [], []
+    for model in (student, teacher):
+        network, params, stats = training.split_network(model)
+        networks.append(network)
+        arrays.append((params, stats))
+
+    @jax.jit
+    def same(arrays: Any, images: Any) -> Any:
+        a, b = (
+            jnp.argmax(n.model(params, stats)(images), axis=-1)
+            for n, (params, stats) in zip(networks, arrays, strict=True)
+        )
+        return a == b
+
+    hits = count = 0.0
+    for batch in context.test_batches():
+        weight = np.asarray(batch.get("weight", np.ones(len(batch["label"]))))
+        hits += float((np.asarray(same(arrays, batch["image"])) * weight).sum())
+        count += float(weight.sum())
+    return hits / count

@@ -1,0 +1,88 @@
+"""ResNet-20 taught by ResNet-56 on the JPEG copy of CIFAR-10: KD, hints, attention, FSP, DKD.
+
+    python scripts/run.py --config=configs/cifar10_resnet56_to_resnet20_kd.py --data_dir=DIR \\
+        --config.stages.published.weights=cifar10_resnet56.npz
+
+where ``scripts/prepare_cifar10_jpeg.py`` has written the images. The teacher starts from published
+weights (93.39 % on the lossless test set, 83.20 % on this copy) and is adapted to the copy by a
+short fine-tuning; every student has the same network, epochs, optimizer and seeds, and the last
+epoch counts. Hints and FSP have a first stage of their own (Romero et al. 2015, 1412.6550; Yim et
+al., CVPR 2017). Others: Hinton et al. 2015 (1503.02531), Zagoruyko & Komodakis 2017 (1612.03928),
+Zhao et al. 2022 (2203.08679). Needs an accelerator: about 7 x 100 epochs a seed.
+
+Expected from these papers: KD and attention transfer above the student alone. What
+`scripts/update_results.py` found in the result file, if the run was done:
+"""
+
+# [measured]
+# [/measured]
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnjax import pipeline
+from cnnjax.data import Augment
+from cnnjax.distillation import DistillConfig
+from cnnjax.pipeline.stages import Distill, KeepTeacher, Pretrained, Train
+from cnnjax.training import OptimizerConfig, ScheduleConfig
+
+TEACHER = pipeline.ModelSpec("resnet56_cifar", {"num_classes": 10})
+STUDENT = pipeline.ModelSpec("resnet20_cifar")
+# last block of each resolution, after its ReLU; the channel counts agree
+ENDS = tuple((f"layer{i}/2", f"layer{i}/8") for i in (1, 2, 3))
+# first and last block of each resolution
+SECTIONS = tuple((f"layer{i}/0", f"layer{i}/2", f"layer{i}/0", f"layer{i}/8") for i in (1, 2, 3))
+
+
+def get_config() -> Any:
+    """See the module's docstring."""
+
+    def recipe(epochs: float, rate: float, decay: float = 5e-4) -> pipeline.Recipe:
+        return pipeline.Recipe(
+            epochs=epochs,
+            optimizer=OptimizerConfig("sgd", nesterov=True, weight_decay=decay),
+            schedule=ScheduleConfig("cosine", base=rate),
+            eval_every=5.0,
+            checkpoint_every=5.0,
+        )
+
+    def student(loss: DistillConfig, **options: Any) -> Distill:
+        return Distill(recipe(100.0, 0.1), loss, STUDENT, **options)
+
+    kd = DistillConfig(hard=0.1, soft_weight=0.9, temperature=4.0)
+    hint = DistillConfig(
+        hard=1.0,
+        soft_weight=4.0,
+        soft_weight_end=1.0,
+        temperature=3.0,
+        hint_weight=1e-3,
+        hints=ENDS[1:2],
+        hint_activation="none",
+    )
+    attention = DistillConfig(hard=1.0, soft="none", attention_beta=1e3, attention=ENDS)
+    fsp = DistillConfig(hard=1.0, soft="none", fsp_weight=1e-2, fsp=SECTIONS)
+    dkd = DistillConfig(hard=1.0, soft="dkd", soft_weight=1.0, dkd_beta=8.0)
+    return pipeline.config_dict(
+        "cifar10_resnet56_to_resnet20_kd",
+        model=TEACHER,
+        data=pipeline.DataConfig(
+            "cifar10_jpeg",
+            augment=Augment(
+                pad=4, flip=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            ),
+        ),
+        stages={
+            "published": Pretrained(model=TEACHER),
+            "teacher": Train(recipe(5.0, 0.01)),
+            "keep": KeepTeacher(),
+            "alone": student(DistillConfig(hard=1.0, soft="none")),
+            "kd": student(kd),
+            "fitnet": student(hint, first=recipe(20.0, 0.05, 0.0)),
+            "attention": student(attention),
+            "fsp": student(fsp, first=recipe(20.0, 1e-3, 0.0)),
+            "dkd": student(dkd),
+        },
+        seeds=(0, 1, 2),
+        note="CIFAR-10 as JPEG; students at equal epochs, last epoch",
+    )
