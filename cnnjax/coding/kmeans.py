@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 Init = str  # "linear", "density" or "random"
 EXACT_LIMIT = 1 << 22  # values sorted exactly; beyond, binned
 BINS = 1 << 17
+_SPLITS = 8  # rounds of splitting
 
 
 def _points(values: np.ndarray, bins: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -120,6 +121,7 @@ def fit(
     iterations: int = 1000,
     tolerance: float = 1e-6,
     bins: int | None = None,
+    empty: str = "split",
     key: Any = None,
 ) -> np.ndarray:
     """Clusters values into at most ``k`` centroids that minimise the within-cluster squares.
@@ -131,6 +133,8 @@ def fit(
         "density" (equal counts) or "random" (values drawn with ``key``).
       iterations: Lloyd iterations at most.
       tolerance: stop when no centroid moves by more than this part of the values' range.
+      empty: what becomes of clusters that end up empty: "split" lets them split the clusters of the
+        largest inertia and iterates on (the objective only falls), "keep" leaves their centroids.
       bins: None sorts exactly up to 4M values and bins beyond; a number bins into that many.
       key: PRNG key of the random initialisation.
 
@@ -144,6 +148,8 @@ def fit(
     flat = np.asarray(values, np.float32).reshape(-1)
     if k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
+    if empty not in ("split", "keep"):
+        raise ValueError(f"empty must be 'split' or 'keep', got {empty!r}")
     if not flat.size:
         raise ValueError("no values to cluster")
     if not np.isfinite(flat.min()) or not np.isfinite(flat.max()):
@@ -161,15 +167,39 @@ def fit(
     pad = _room(len(points)) - len(points)
     points = np.pad(points, (0, pad), mode="edge")
     weights = np.pad(weights, (0, pad))
-    span = np.float32(points[-1] - points[0])
-    found, _ = lloyd(
-        jnp.asarray(points),
-        jnp.asarray(weights),
-        jnp.asarray(start),
-        iterations=iterations,
-        tolerance=jnp.float32(tolerance) * span,
-    )
-    return np.asarray(found)
+    limit = jnp.float32(tolerance) * np.float32(points[-1] - points[0])
+    on_device = jnp.asarray(points), jnp.asarray(weights)
+    for _ in range(_SPLITS if empty == "split" else 1):
+        found, _ = lloyd(*on_device, jnp.asarray(start), iterations=iterations, tolerance=limit)
+        found = np.asarray(found)
+        start = _split(points, weights, found)
+        if start is None:
+            break
+    return found
+
+
+def _split(points: np.ndarray, weights: np.ndarray, centroids: np.ndarray) -> np.ndarray | None:
+    """Centroids whose empty clusters split those of the largest inertia; None if none is empty."""
+    middle = (centroids[1:] + centroids[:-1]) / 2
+    edge = np.concatenate([[0], np.searchsorted(points, middle, side="right"), [len(points)]])
+    total = np.concatenate([[0], np.cumsum(weights, dtype=np.int64)])
+    count = np.diff(total[edge])
+    gone = np.flatnonzero(count == 0)
+    if not len(gone):
+        return None
+    x = points.astype(np.float64)
+    first = np.diff(np.concatenate([[0], np.cumsum(x * weights)])[edge])
+    second = np.diff(np.concatenate([[0], np.cumsum(x * x * weights)])[edge])
+    mean = first / np.maximum(count, 1)
+    spread = np.where(count > 1, np.maximum(second - first * mean, 0), 0)
+    widest = np.argsort(-spread, kind="stable")[: len(gone)]
+    gone = gone[spread[widest] > 0] if len(widest) == len(gone) else gone[: len(widest)]
+    widest = widest[spread[widest] > 0]
+    if not len(widest):
+        return None
+    out = centroids.astype(np.float64)
+    out[gone[: len(widest)]] = mean[widest] + np.sqrt(spread[widest] / count[widest])
+    return np.sort(out).astype(np.float32)
 
 
 def _few_distinct(flat: np.ndarray, k: int) -> np.ndarray | None:

@@ -59,7 +59,7 @@ def test_lloyd_equals_the_textbook_loop():
         centroids = np.array(
             [x[nearest == i].mean() if (nearest == i).any() else c for i, c in enumerate(centroids)]
         )
-    found = kmeans.fit(x, 8, iterations=7, tolerance=0.0)
+    found = kmeans.fit(x, 8, iterations=7, tolerance=0.0, empty="keep")
     np.testing.assert_allclose(found, centroids, atol=1e-5)
 
 
@@ -115,10 +115,22 @@ def test_zeros_stay_zero_and_out_of_the_codebook():
 def test_outliers_keep_their_precision_beside_a_large_bulk():
     x = np.r_[np.full(300_000, 1e-3), np.full(300_000, -1e-3), [0.5, 0.52, 0.9, -0.7]]
     x = (x + np.r_[np.random.default_rng(0).normal(size=600_000) * 1e-4, np.zeros(4)]).astype("f4")
-    centroids = kmeans.fit(x, 8)
+    centroids = kmeans.fit(x, 8, empty="keep")
     # the centroid at 0.67 stays where it started: its cluster is empty
     np.testing.assert_allclose(sorted(centroids)[-3:], [0.51, 0.6714286, 0.9], atol=1e-6)
     assert centroids[0] == pytest.approx(-0.7, abs=1e-6)
+
+
+def test_empty_clusters_split_the_widest():
+    rng = np.random.default_rng(0)
+    x = np.r_[rng.normal(size=990) * 0.01, rng.normal(size=10) * 5].astype("f4")
+    kept = kmeans.fit(x, 16, empty="keep")
+    split = kmeans.fit(x, 16)
+    assert len(np.unique(kmeans.assign(x, kept))) < 16
+    assert len(np.unique(kmeans.assign(x, split))) == 16
+    assert kmeans.inertia(x, split) < 0.5 * kmeans.inertia(x, kept)
+    with pytest.raises(ValueError, match="empty"):
+        kmeans.fit(x, 4, empty="drop")
 
 
 def tree():
