@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cnnjax.graph.capture import capture
 from cnnjax.graph.check import label_check
+from cnnjax.graph.network import Graph
 from cnnjax.graph.profile import LayerCost, Profile, profile
 from cnnjax.graph.timing import Energy, Latency, energy, latency, proxy_energy
 from cnnjax.graph.tracing import trace, trace_fn
@@ -12,7 +13,6 @@ from cnnjax.graph.types import (
     Axis,
     Constraint,
     Fixed,
-    Graph,
     GraphError,
     Group,
     LabelError,

@@ -11,9 +11,10 @@ from flax import nnx
 
 from cnnjax.errors import did_you_mean
 from cnnjax.graph.ledger import STAY, Ledger, locate
+from cnnjax.graph.network import Graph
 from cnnjax.graph.solve import identities
 from cnnjax.graph.tracing import analyse, functional
-from cnnjax.graph.types import FIXED, Graph, GraphError, Key, LabelError
+from cnnjax.graph.types import FIXED, GraphError, Key, LabelError
 
 UNKNOWN = -2
 

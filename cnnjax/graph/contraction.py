@@ -1,4 +1,4 @@
-"""Label rules of convolutions, matrix products and reductions, and the layers they are."""
+"""Label rules of convolutions, matrix products, and the layers they are."""
 
 from __future__ import annotations
 
@@ -10,18 +10,6 @@ import numpy as np
 from cnnjax.graph.elementwise import coincides, meet
 from cnnjax.graph.ledger import Applied, Grouped, Ledger
 from cnnjax.graph.values import Comp, Value, common, opaque
-
-REDUCTIONS = frozenset(
-    [
-        "reduce_sum",
-        "reduce_max",
-        "reduce_min",
-        "reduce_prod",
-        "reduce_and",
-        "reduce_or",
-        "reduce_xor",
-    ]
-)
 
 
 def _single(ledger: Ledger, val: Value, d: int, reason: str) -> tuple[Value, np.ndarray | None]:
@@ -330,76 +318,3 @@ def _is_batch(a: Value, b: Value, batch_dims: Any, free_a: list[int]) -> bool:
     if batch_dims:
         return batch_dims[0] == 0 and a.act and b.act
     return a.act and bool(free_a) and free_a[0] == 0
-
-
-def reduction(ledger: Ledger, name: str, params: dict[str, Any], vals: list[Value], shape) -> Value:
-    """Reductions: over channels they are statistics, over a dim of a split they tie it."""
-    val, axes = vals[0], tuple(params["axes"])
-    comps, sums = [], list(val.sums)
-    for c in val.comps:
-        gone = tuple(d for d in c.dims if d in axes)
-        if len(gone) == len(c.dims):
-            if not (name == "reduce_sum" and c.zero):
-                ledger.statistic(c.labels, f"{name} over channels")
-            sums.append((math.prod(val.shape[d] for d in axes), c.labels.reshape(-1)))
-            continue
-        if gone:
-            tied = ledger.tie_dims(c, gone, name)
-            assert tied is not None
-            c = tied
-        comps.append(
-            c if name == "reduce_sum" else c._replace(zero=c.zero and name != "reduce_and")
-        )
-    new = {d: k for k, d in enumerate(d for d in range(len(val.shape)) if d not in axes)}
-    comps = tuple(Comp(tuple(new[d] for d in c.dims), c.labels, c.zero) for c in comps)
-    distinct = tuple(val.distinct[d] for d in new)
-    out = Value(tuple(shape), comps, distinct, **common(vals))
-    out.sums, out.normal = tuple(sums[-8:]), False
-    return out
-
-
-def windowed(ledger: Ledger, name: str, dims: tuple[int, ...], vals: list[Value], shape) -> Value:
-    """Windows, sorts and cumulative operations over ``dims``; the other dims go through."""
-    val, shape = vals[0], tuple(shape)
-    comps, distinct = [], [n > 1 and x for n, x in zip(shape, val.distinct)]
-    for d in dims:
-        distinct[d] = shape[d] > 1
-    for c in val.comps:
-        if set(c.dims) & set(dims):
-            ledger.fix(c.labels, f"{name} over channels")
-        else:
-            comps.append(c)
-    return Value(shape, tuple(comps), tuple(distinct), **common(vals))
-
-
-def gather(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
-    """``x[..., indices, :]``: constant indices pick labels; other indices fix the indexed dim."""
-    val, idx = vals[0], vals[1]
-    dn, sizes = params["dimension_numbers"], params["slice_sizes"]
-    shape = tuple(shape)
-    indexed = tuple(dn.start_index_map)
-    whole = [d for d in range(len(val.shape)) if sizes[d] == val.shape[d] and d not in indexed]
-    collapsed = tuple(dn.collapsed_slice_dims)
-    kept = [d for d in range(len(val.shape)) if d not in collapsed]
-    to = dict(zip(kept, dn.offset_dims))
-    simple = not getattr(dn, "operand_batching_dims", ()) and len(kept) == len(dn.offset_dims)
-    comps, distinct = [], [n > 1 for n in shape]
-    for c in val.comps:
-        if simple and all(d in whole and d in to for d in c.dims):
-            comps.append(Comp(tuple(to[d] for d in c.dims), c.labels, c.zero))
-            continue
-        ledger.fix(c.labels, "indexed by fixed or computed positions")
-    for d, e in to.items():
-        if simple and d in whole:
-            distinct[e] = val.distinct[d]
-    act = val.act or idx.act
-    leaves = frozenset() if act else val.leaves
-    return Value(
-        shape,
-        tuple(comps),
-        tuple(distinct),
-        act=act,
-        leaves=leaves,
-        src=val.src | idx.src,
-        why=val.why or "indexed positions",
-    )

@@ -152,9 +152,7 @@ def _reshape_comp(
     parts: list[Any],
     wanted: tuple[int, ...],
 ) -> Comp:
-    if len(wanted) == len(c.dims) and all(
-        shape[e] == val.shape[d] for d, e in zip(c.dims, wanted)
-    ):
+    if len(wanted) == len(c.dims) and all(shape[e] == val.shape[d] for d, e in zip(c.dims, wanted)):
         return Comp(wanted, c.labels, c.zero)
     touched = [(left, right) for left, right in parts if set(left) & set(c.dims)]
     # a joint component one of whose dims melts into other distinct dims: that dim stays

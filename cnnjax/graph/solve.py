@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import numpy as np
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-from cnnjax.graph.ledger import STAY, Event, Ledger, Split, locate
-from cnnjax.graph.types import FIXED, Axis, Constraint, Fixed, Graph, Group, Key, Layer
-from cnnjax.graph.values import Value
+from cnnjax.graph.ledger import STAY, Event, Ledger, locate
+from cnnjax.graph.network import Graph
+from cnnjax.graph.outcome import constraints_of, groups_of, layers_of, products, statistics_of
+from cnnjax.graph.types import FIXED, Axis, Fixed, Key
 
 
 def components(size: int, left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
@@ -71,7 +71,7 @@ def _stuck_shuffles(ledger: Ledger, classes: np.ndarray) -> None:
         (np.where(s.labels == STAY, -1, classes[s.labels]), s) for s in ledger.splits
     ]
     partitions += [(np.where(g.inputs == STAY, -1, classes[g.inputs]), g) for g in ledger.grouped]
-    for cells, shape, (labels, info) in _products(partitions):
+    for cells, shape, (labels, info) in products(partitions):
         # a finer cut of the same parts, in order, has a single new part per old one
         aligned = len(cells) == max(shape)
         if len(cells) < shape[0] * shape[1] and not aligned:
@@ -170,10 +170,10 @@ def solve(
                     reason, source = text, where
         axes[key] = Axis(path, axis, labels, None, None, consumer[key], reason, source)
 
-    constraints = _constraints(ledger, atoms)
-    statistics = _statistics(ledger, atoms, len(group_of_atom))
-    groups = _groups(axes, group_of_atom, names, constraints, statistics)
-    layers = _layers(ledger, shapes, atoms)
+    constraints = constraints_of(ledger, atoms)
+    statistics = statistics_of(ledger, atoms, len(group_of_atom))
+    groups = groups_of(axes, group_of_atom, names, constraints, statistics)
+    layers = layers_of(ledger, shapes, atoms)
     starts = ledger.starts.items()
     return Graph(
         axes=axes,
@@ -256,156 +256,3 @@ def _number(own, consumer, free, signature, order, table_keys, when):
         used[name] = used.get(name, 0) + 1
         names.append(name if used[name] == 1 else f"{name}#{used[name]}")
     return atom_of, group, names
-
-
-def _constraints(ledger: Ledger, atoms) -> tuple[Constraint, ...]:
-    out: list[Constraint] = []
-    keyed: set[tuple[Any, ...]] = set()
-
-    def add(c: Constraint) -> None:
-        if not len(c.atoms):
-            return
-        key = (c.kind, *(np.sort(p).tobytes() for p in (*c.parts, *c.paired)))
-        if key not in keyed:
-            keyed.add(key)
-            out.append(c)
-
-    def trivial(rows: np.ndarray) -> bool:
-        rows = np.sort(rows, axis=1)
-        return bool((rows == rows[:1]).all())
-
-    partitions: list[tuple[np.ndarray, Any]] = []
-    for s in ledger.splits:
-        rows = atoms(s.labels)
-        partitions.append((rows, s))
-        if trivial(rows) or (s.reshape and bool((rows == rows[:, :1]).all())):
-            continue
-        add(Constraint("split", tuple(rows), s.reason, source=locate(s.info)))
-    for g in ledger.grouped:
-        ins, outs = atoms(g.inputs), atoms(g.outputs)
-        partitions.append((ins, g))
-        path = g.path.rpartition("/")[0] or g.path
-        add(
-            Constraint(
-                "grouped",
-                tuple(ins),
-                f"grouped convolution {path}",
-                tuple(outs),
-                path,
-                locate(g.info),
-            )
-        )
-    for parts, _, (_, info) in _products(partitions):
-        add(Constraint("split", tuple(parts), "split again after a shuffle", source=locate(info)))
-    return tuple(out)
-
-
-def _products(partitions):
-    """Where the same channels are cut in parts twice, the intersections keep equal numbers.
-
-    A shuffle interleaves by rank among the survivors, so that a channel meets the same channels
-    as before only if each pair of old and new part keeps the same number.
-    """
-    by_support: dict[bytes, list[tuple[np.ndarray, Any]]] = {}
-    for rows, s in partitions:
-        flat = np.sort(rows.ravel())
-        if flat[0] < 0 or (np.diff(flat) == 0).any():
-            continue
-        by_support.setdefault(flat.tobytes(), []).append((rows, s))
-    for found in by_support.values():
-        for (a, _), (b, s) in itertools.pairwise(found):
-            part = dict(zip(a.ravel().tolist(), np.repeat(np.arange(len(a)), a.shape[1]).tolist()))
-            cells: dict[tuple[int, int], list[int]] = {}
-            for j, row in enumerate(b.tolist()):
-                for atom in row:
-                    cells.setdefault((part[atom], j), []).append(atom)
-            labels = s.labels if isinstance(s, Split) else s.inputs
-            yield [np.array(cells[k]) for k in sorted(cells)], (len(a), len(b)), (labels, s.info)
-
-
-def _statistics(ledger: Ledger, atoms, count: int) -> dict[int, Event]:
-    """For every atom under a statistic, the first such event."""
-    out: dict[int, Event] = {}
-    for event in ledger.statistics:
-        found = np.unique(atoms(event.labels))
-        if len(found) < 2:
-            continue  # one atom: it can't go alone
-        for a in found[found >= 0].tolist():
-            out.setdefault(a, event)
-    return out
-
-
-def _groups(axes, group_of_atom, names, constraints, statistics) -> tuple[Group, ...]:
-    members: list[list[Key]] = [[] for _ in names]
-    producers: list[list[Key]] = [[] for _ in names]
-    for key, axis in axes.items():
-        for g in np.unique(group_of_atom[axis.atoms]).tolist():
-            members[g].append(key)
-            if not axis.consumer:
-                producers[g].append(key)
-    touching: list[list[Constraint]] = [[] for _ in names]
-    for c in constraints:
-        for g in np.unique(group_of_atom[c.atoms]).tolist():
-            touching[g].append(c)
-    bounds = np.searchsorted(group_of_atom, np.arange(len(names) + 1))
-    out = []
-    for g, name in enumerate(names):
-        atoms = np.arange(bounds[g], bounds[g + 1])
-        event = next((statistics[a] for a in atoms.tolist() if a in statistics), None)
-        out.append(
-            Group(
-                name,
-                g,
-                atoms,
-                tuple(members[g]),
-                tuple(producers[g]) or tuple(members[g]),
-                tuple(touching[g]),
-                event.reason if event else None,
-                locate(event.info) if event else None,
-            )
-        )
-    return tuple(out)
-
-
-def _layers(ledger: Ledger, shapes, atoms) -> tuple[Layer, ...]:
-    calls: dict[tuple[str, str], int] = {}
-    sizes: dict[str, int] = {}
-    for path, shape in shapes.items():
-        if path in ledger.parameters:
-            parent = path.rpartition("/")[0] or path
-            sizes[parent] = sizes.get(parent, 0) + int(np.prod(shape))
-
-    def labels(val: Value | None, d: int | None) -> np.ndarray | None:
-        if val is None or d is None:
-            return None
-        c = val.comp_on(d)
-        if c is None or len(c.dims) > 1:
-            return None
-        return atoms(c.labels)
-
-    out = []
-    for a in ledger.layers:
-        fields = dict(a.fields)
-        if a.kind in ("batch_norm", "norm", "scale") and a.output is not None:
-            on = [c.dims[0] for c in a.output.comps if len(c.dims) == 1]
-            fields["out_axis"] = on[-1] if on else len(a.output_shape) - 1
-            fields["in_axis"] = fields["out_axis"] if a.input_shape == a.output_shape else None
-        call = calls.get((a.path, a.kind), 0)
-        calls[a.path, a.kind] = call + 1
-        out.append(
-            Layer(
-                a.path,
-                a.kind,
-                a.kernel,
-                tuple(shapes.get(a.kernel or "", a.kernel_shape)),
-                tuple(a.input_shape),
-                tuple(a.output_shape),
-                params=sizes.get(a.path, 0) if a.path else 0,
-                in_labels=labels(a.inputs, fields.get("in_axis")),
-                out_labels=labels(a.output, fields.get("out_axis")),
-                call=call,
-                source=locate(a.info),
-                **fields,
-            )
-        )
-    return tuple(out)

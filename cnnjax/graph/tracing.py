@@ -11,8 +11,9 @@ from flax import nnx
 
 from cnnjax.errors import did_you_mean
 from cnnjax.graph.ledger import Ledger
+from cnnjax.graph.network import Graph
 from cnnjax.graph.solve import solve
-from cnnjax.graph.types import Graph, GraphError
+from cnnjax.graph.types import GraphError
 from cnnjax.graph.values import Value, opaque
 from cnnjax.graph.walk import constant_of, walk
 from cnnjax.tree import path_string

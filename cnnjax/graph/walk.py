@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from cnnjax.graph import contraction, elementwise, movement
+from cnnjax.graph import contraction, elementwise, movement, reduction
 from cnnjax.graph.ledger import Ledger, frames
 from cnnjax.graph.values import Value, common, constant, opaque
 
@@ -43,7 +43,7 @@ _MOVES: dict[str, Callable[..., Value]] = {
     "pad": movement.pad,
     "conv_general_dilated": contraction.conv_general_dilated,
     "dot_general": contraction.dot_general,
-    "gather": contraction.gather,
+    "gather": reduction.gather,
     "cnnjax_depthwise_conv": contraction.own_conv,
     "cnnjax_grouped_conv": contraction.own_conv,
     "cnnjax_pointwise_conv": contraction.own_conv,
@@ -201,26 +201,26 @@ def equation(ledger: Ledger, eqn: Any, vals: list[Value]) -> list[Value]:
             outs = enter(ledger, inner, vals)
             ledger.located = before
             return outs
-    if name in contraction.REDUCTIONS:
-        return [contraction.reduction(ledger, name, params, vals, avals[0].shape)]
+    if name in reduction.REDUCTIONS:
+        return [reduction.reduction(ledger, name, params, vals, avals[0].shape)]
     if name in ("argmax", "argmin"):
         for c in vals[0].comps:
             if set(c.dims) & set(params["axes"]):
                 ledger.fix(c.labels, f"{name} over channels")
         kept = tuple(c for c in vals[0].comps if not set(c.dims) & set(params["axes"]))
         val = vals[0].like(comps=tuple(c._replace(zero=False) for c in kept))
-        return [contraction.reduction(ledger, name, params, [val], avals[0].shape)]
+        return [reduction.reduction(ledger, name, params, [val], avals[0].shape)]
     if name.startswith("reduce_window") or name.startswith("select_and_"):
         window = params["window_dimensions"]
         dims = tuple(
             d for d in range(len(window)) if window[d] > 1 or avals[0].shape[d] != vals[0].shape[d]
         )
-        return [contraction.windowed(ledger, name, dims, vals[:1], avals[0].shape)]
+        return [reduction.windowed(ledger, name, dims, vals[:1], avals[0].shape)]
     if name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"):
-        return [contraction.windowed(ledger, name, (params["axis"],), vals, avals[0].shape)]
+        return [reduction.windowed(ledger, name, (params["axis"],), vals, avals[0].shape)]
     if name == "sort":
         return [
-            contraction.windowed(ledger, name, (params["dimension"],), [v], a.shape)
+            reduction.windowed(ledger, name, (params["dimension"],), [v], a.shape)
             for v, a in zip(vals, avals)
         ]
     if name == "iota":
