@@ -10,6 +10,9 @@ What `scripts/update_results.py` found in ``configs/results/gates_digits.json``:
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 2 CPU cores, 1 x cpu, jax 0.10.2
+# gates: error 2.07 (1.41-2.54) %, 8,567 non-zeros, 1.41x
+# small: error 2.07 (1.41-2.54) %, 7,160 non-zeros, 1.20x
 # [/measured]
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ from cnnjax.training import OptimizerConfig, ScheduleConfig
 def get_config() -> Any:
     """See the module's docstring."""
     recipe = pipeline.Recipe(
-        epochs=100.0,
+        epochs=200.0,
         optimizer=OptimizerConfig("adam"),
         schedule=ScheduleConfig("constant", base=2e-3),
         steps_per_call=11,

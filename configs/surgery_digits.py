@@ -9,6 +9,9 @@ What `scripts/update_results.py` found in ``configs/results/surgery_digits.json`
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 2 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 2.63 (2.25-2.82) %, 12.06k non-zeros, 1.00x
+# surgery: error 3.10 (2.82-3.66) %, 1,584 non-zeros, 7.63x
 # [/measured]
 
 from __future__ import annotations
@@ -40,6 +43,6 @@ def get_config() -> Any:
         "surgery_digits",
         model=pipeline.ModelSpec("plain_mlp"),
         data=pipeline.DataConfig("digits", batch_size=64),
-        stages={"dense": Train(dense), "surgery": Surgery(surgery, rate=1.3, gamma=1e-3)},
+        stages={"dense": Train(dense), "surgery": Surgery(surgery, rate=2.0, gamma=1e-3)},
         seeds=(0, 1, 2),
     )

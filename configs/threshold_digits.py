@@ -9,6 +9,9 @@ What `scripts/update_results.py` found in ``configs/results/threshold_digits.jso
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 2 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 2.63 (2.25-2.82) %, 12.06k non-zeros, 1.00x
+# threshold: error 4.88 (3.66-6.48) %, 1,346 non-zeros, 8.96x
 # [/measured]
 
 from __future__ import annotations

@@ -4,7 +4,9 @@ What the pass needs is ``loss(params, example) -> scalar`` of one example; gradi
 each example and squared (or made absolute) before they are averaged. A *gate* is a virtual factor 1
 on everything that makes an output channel: its filter, bias, and for a normalization its scale and
 shift. Under ReLU without normalization in between the gate's gradient is the paper's
-``sum_ij a_ij dL/da_ij`` of the feature map.
+``sum_ij a_ij dL/da_ij`` of the feature map. Before a BatchNorm a kernel's gate is 0 (its scale does
+not matter) and the map's gate is that of the normalization's scale and shift: let `select_channels`
+combine them by ``reduce="sum"``.
 """
 
 from __future__ import annotations
