@@ -5,12 +5,21 @@
 The teacher sees the whole training split of scikit-learn's UCI digits (real images), the students
 200 of its images: Hinton et al. 2015 (1503.02531), Romero et al. 2015 (1412.6550), Zagoruyko &
 Komodakis 2017 (1612.03928). Every student has the same network, epochs, optimizer and seeds; the
-last epoch counts. Hint + KD has a first stage on the hint alone, in addition.
+last epoch counts. Hint + KD has a first stage on the hint alone, in addition. Three seeds of 200
+images tell no more than a tendency: KD and hint + KD below the student's error alone, attention
+transfer above it (its usual beta weighs heavily on so few images).
 
 What `scripts/update_results.py` found in ``configs/results/digits_distill.json``:
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 2 CPU cores, 1 x cpu, jax 0.10.2
+# teacher: error 0.94 (0.56-1.13) %, 94.31k non-zeros, 1.00x
+# keep: error 0.94 (0.56-1.13) %, 94.31k non-zeros, 1.00x
+# alone: error 8.45 (6.20-11.27) %, 2,717 non-zeros, 1.00x
+# kd: error 7.14 (5.92-9.30) %, 2,716 non-zeros, 1.00x
+# attention: error 11.17 (9.58-12.39) %, 2,717 non-zeros, 1.00x
+# hint_kd: error 7.89 (6.20-9.01) %, 2,717 non-zeros, 1.00x
 # [/measured]
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ class Tapped:
                 f"tap {glob!r} matches {len(self.paths)} layers ({', '.join(self.paths[:6])}): "
                 "a pair of features needs one on each side"
             )
-        return self.paths[0]
+        return next(iter(self.paths))
 
 
 def tap_shapes(model: nnx.Module, glob: str, *example: Any) -> Tapped:

@@ -17,6 +17,7 @@ import cnnjax
 from cnnjax import distillation as D
 from cnnjax import graph as G
 from cnnjax import surgery, tree
+from cnnjax.distillation import growth
 from cnnjax.graph.tracing import evaluation_mode
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "graph"))
@@ -179,6 +180,31 @@ def test_residual_concat_grouped_and_depthwise(name):
 def test_every_topology(name):
     done = widen_every_group(name, 4)
     assert done or name in WHOLE | INEXACT
+
+
+DEEP = ("1202", "1001", "200", "164", "152", "201", "161", "169", "110", "264", "101", "_250_")
+NAMES = [n for n in cnnjax.models.names() if not any(part in n for part in DEEP)]
+
+
+@pytest.mark.slow
+@pytest.mark.method("net2wider")
+@pytest.mark.parametrize("name", NAMES)
+def test_registry_models_can_be_widened(name):
+    """First, middle and last group, by the label check alone: nothing is computed."""
+    model = cnnjax.models.abstract(name)
+    image = jax.ShapeDtypeStruct((1, *cnnjax.models.input_shape(name)), np.float32)
+    graph = G.trace(model, image)
+    groups = {g.name: g for g in (graph.groups[0], graph.groups[len(graph.groups) // 2])}
+    groups[graph.groups[-1].name] = graph.groups[-1]
+    rng = np.random.default_rng(0)
+    for group in groups.values():
+        if group.statistic:
+            continue
+        w = growth.plan_widening(
+            surgery.parts(model), model, graph, group.name, 2 * group.size, rng
+        )
+        assert sum(1 / w.copies) == pytest.approx(group.size)
+        assert set(w.moves) == set(group.members)
 
 
 @pytest.mark.method("net2wider")
