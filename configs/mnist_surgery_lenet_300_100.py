@@ -4,7 +4,8 @@
 
 After Guo, Yao, Chen, "Dynamic network surgery for efficient DNNs", NIPS 2016, arXiv 1608.04493:
 2.28 to 1.99 % error at 56x (1.8, 1.8 and 5.5 % of the weights of the three layers left). The paper
-does not give c for this network; the values here are not tuned yet and remove fewer weights than the paper.
+does not give c for this network; the values here are not tuned yet and remove fewer weights than
+the paper.
 
 What `scripts/update_results.py` found in ``configs/results/mnist_surgery_lenet_300_100.json``:
 """
