@@ -196,7 +196,7 @@ def basis_chain(
     spatial: Float[AnyArray, "kh kw ig r"],
     mix: Float[AnyArray, "one one2 rg o"],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """k x k then 1x1."""
     return _chain([spatial, mix], [spec, spec.pointwise()], bias)
@@ -206,7 +206,7 @@ def dual_basis_chain(
     mix: Float[AnyArray, "one one2 ig r"],
     spatial: Float[AnyArray, "kh kw rg o"],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """1x1 then k x k."""
     return _chain([mix, spatial], [spec.pointwise(), spec], bias)
@@ -216,7 +216,7 @@ def spatial_chain(
     vertical: Float[AnyArray, "kh one ig r"],
     horizontal: Float[AnyArray, "one kw rg o"],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """kh x 1 then 1 x kw."""
     return _chain([vertical, horizontal], [spec.vertical(), spec.horizontal()], bias)
@@ -227,7 +227,7 @@ def spatial_mix_chain(
     horizontal: Float[AnyArray, "one kw rg r2"],
     mix: Float[AnyArray, "one one2 r2g o"],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """kh x 1, 1 x kw, then 1x1 (asymmetric 3-D)."""
     specs = [spec.vertical(), spec.horizontal(), spec.pointwise()]
@@ -239,7 +239,7 @@ def tucker2_chain(
     core: Float[AnyArray, "kh kw r3g r4"],
     last: Float[AnyArray, "one one2 r4g o"],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """1x1, k x k, 1x1."""
     return _chain([first, core, last], [spec.pointwise(), spec, spec.pointwise()], bias)
@@ -248,7 +248,7 @@ def tucker2_chain(
 def cp4_chain(
     factors: Sequence[Float[AnyArray, "_ _"]],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """1x1, depthwise kh x 1, depthwise 1 x kw, 1x1 out of (Fh, Fw, Fi, Fo), each (mode, R)."""
     fh, fw, fi, fo = (jnp.asarray(f) for f in factors)
@@ -262,7 +262,7 @@ def cp3_chain(
     factors: Sequence[Float[AnyArray, "_ _"]],
     kernel_size: tuple[int, int],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """1x1, depthwise kh x kw, 1x1 out of (Fspatial, Fi, Fo); Fspatial is (kh*kw, R)."""
     fs, fi, fo = (jnp.asarray(f) for f in factors)
@@ -277,7 +277,7 @@ def scheme1_chain(
     horizontal: Float[AnyArray, "kw i m"],
     mix: Float[AnyArray, "i m o"],
     spec: ConvSpec,
-    bias: Float[AnyArray, o] | None = None,
+    bias: Float[AnyArray, "o"] | None = None,
 ) -> Chain:
     """Depthwise kh x 1 (multiplier m), depthwise 1 x kw, 1x1: a separable basis per input."""
     v, h, c = jnp.asarray(vertical), jnp.asarray(horizontal), jnp.asarray(mix)

@@ -12,20 +12,20 @@ from cnnjax.factorization.matrix import check_rank, einsum, matmul, working
 from cnnjax.typing import AnyArray
 
 
-def circulant_matrix(r: Float[AnyArray, d]) -> Float[Array, "d d"]:
+def circulant_matrix(r: Float[AnyArray, "d"]) -> Float[Array, "d d"]:
     """``R[j, k] = r[(j - k) mod d]``."""
     r = jnp.asarray(r)
     d = r.shape[0]
     return r[(jnp.arange(d)[:, None] - jnp.arange(d)[None]) % d]
 
 
-def circulant_product(r: Float[AnyArray, d], y: Float[AnyArray, "*n d"]) -> Array:
+def circulant_product(r: Float[AnyArray, "d"], y: Float[AnyArray, "*n d"]) -> Array:
     """``R y`` along the last axis in d log d steps, ``R = circulant_matrix(r)``."""
     spectrum = jnp.fft.rfft(jnp.asarray(r))
     return jnp.fft.irfft(spectrum * jnp.fft.rfft(jnp.asarray(y)), n=r.shape[0])
 
 
-def nearest_circulant(matrix: Float[AnyArray, "d d"]) -> Float[Array, d]:
+def nearest_circulant(matrix: Float[AnyArray, "d d"]) -> Float[Array, "d"]:
     """First column of the Frobenius-nearest circulant: the means of the wrapped diagonals."""
     m = jnp.asarray(matrix)
     d = m.shape[0]
@@ -33,7 +33,7 @@ def nearest_circulant(matrix: Float[AnyArray, "d d"]) -> Float[Array, d]:
     return m[(k[:, None] + k[None]) % d, k[None]].mean(1)
 
 
-def orthogonal_circulant(phases: Float[AnyArray, p], d: int) -> Float[Array, d]:
+def orthogonal_circulant(phases: Float[AnyArray, "p"], d: int) -> Float[Array, "d"]:
     """A real r whose circulant matrix is orthogonal, from its free phases.
 
     The spectrum has modulus one; the zero frequency (and Nyquist's, for even d) is real and takes
@@ -55,7 +55,7 @@ def orthogonal_circulant(phases: Float[AnyArray, p], d: int) -> Float[Array, d]:
 
 
 def retained_energy(
-    r: Float[AnyArray, d], moment: Float[AnyArray, "d d"], signs: Float[AnyArray, d], k: int
+    r: Float[AnyArray, "d"], moment: Float[AnyArray, "d d"], signs: Float[AnyArray, "d"], k: int
 ) -> Float[Array, ""]:
     """Share of the energy in the first k entries of ``R D y``: ``tr(R_k D C D R_k^T) / tr C``."""
     rows = circulant_matrix(r)[:k] * signs
@@ -95,11 +95,11 @@ def circulant_learn(
     moment: Float[AnyArray, "d d"],
     k: int,
     *,
-    signs: Float[AnyArray, d] | None = None,
+    signs: Float[AnyArray, "d"] | None = None,
     steps: int = 300,
     restarts: int = 5,
     rate: float = 0.1,
-) -> tuple[Float[Array, d], Float[Array, ""]]:
+) -> tuple[Float[Array, "d"], Float[Array, ""]]:
     """Learns an orthogonal circulant code: maximises the energy of the first k entries of R D y.
 
     Gradient ascent over the free phases of ``fft(r)``, best of ``restarts``, run side by side. The
@@ -130,14 +130,14 @@ def circulant_learn(
 @functools.partial(jax.jit, static_argnames=("k", "damping"))
 def circulant_reconfigure(
     kernel: Float[AnyArray, "kh kw i o"],
-    bias: Float[AnyArray, o],
+    bias: Float[AnyArray, "o"],
     next_kernel: Float[AnyArray, "kh2 kw2 o p"],
-    r: Float[AnyArray, o],
-    signs: Float[AnyArray, o],
+    r: Float[AnyArray, "o"],
+    signs: Float[AnyArray, "o"],
     moment: Float[AnyArray, "o o"],
     k: int,
     damping: float = 1e-6,
-) -> tuple[Float[Array, "kh kw i k"], Float[Array, k], Float[Array, "kh2 kw2 k p"]]:
+) -> tuple[Float[Array, "kh kw i k"], Float[Array, "k"], Float[Array, "kh2 kw2 k p"]]:
     """Makes a layer emit the k code channels, and the next layer read them.
 
     The layer's kernel is multiplied by ``R_k D`` (exact for linear responses), the next layer's by

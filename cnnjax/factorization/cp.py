@@ -70,7 +70,7 @@ def gram_product(grams: Sequence[Array], skip: Sequence[int]) -> Array:
     return out
 
 
-def component_norms(factors: Sequence[Array]) -> Float[Array, r]:
+def component_norms(factors: Sequence[Array]) -> Float[Array, "r"]:
     """Norm of each rank-one component."""
     out = jnp.ones(factors[0].shape[1], factors[0].dtype)
     for factor in factors:

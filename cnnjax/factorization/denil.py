@@ -24,7 +24,7 @@ def squared_exponential(
 
 @functools.partial(jax.jit, static_argnames="damping")
 def prediction_dictionary(
-    kernel: Float[AnyArray, "n n"], rows: Int[AnyArray, a], damping: float = 1e-6
+    kernel: Float[AnyArray, "n n"], rows: Int[AnyArray, "a"], damping: float = 1e-6
 ) -> Float[Array, "n a"]:
     """``U = k(all, rows) (k(rows, rows) + damping I)^-1``: kernel ridge prediction of all rows.
 
@@ -53,7 +53,7 @@ class PredictionGain(NamedTuple):
 def smoothness_gate(
     weight: Float[AnyArray, "n o"],
     dictionary: Float[AnyArray, "n a"],
-    rows: Int[AnyArray, a],
+    rows: Int[AnyArray, "a"],
     *,
     limit: float = 0.9,
 ) -> PredictionGain:

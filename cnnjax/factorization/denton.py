@@ -13,7 +13,7 @@ from cnnjax.typing import AnyArray
 
 def balanced_kmeans(
     points: Float[AnyArray, "n d"], clusters: int, *, seed: int = 0, rounds: int = 30
-) -> Int[np.ndarray, n]:
+) -> Int[np.ndarray, "n"]:
     """k-means with equal cluster sizes: each round is an optimal assignment.
 
     Runs on the host: the assignment problem is combinatorial and small (n channels).
@@ -120,7 +120,7 @@ def bicluster(
     out_clusters: int,
     *,
     seed: int = 0,
-    labels: tuple[Int[AnyArray, i], Int[AnyArray, o]] | None = None,
+    labels: tuple[Int[AnyArray, "i"], Int[AnyArray, "o"]] | None = None,
 ) -> Biclustered:
     """Splits a kernel into G x H blocks of similar input and output channels.
 

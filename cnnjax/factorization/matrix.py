@@ -132,13 +132,13 @@ def dual_filter_basis(
     return left[None, None], jnp.moveaxis(right.reshape(rank, kh, kw, o), 0, 2)
 
 
-def tail_norm(singular_values: Float[AnyArray, k], rank: int) -> float:
+def tail_norm(singular_values: Float[AnyArray, "k"], rank: int) -> float:
     """Frobenius error of truncation at ``rank``: root of the discarded squared singular values."""
     tail = np.asarray(singular_values, np.float64)[rank:]
     return float(np.sqrt(np.sum(tail**2)))
 
 
-def energy_rank(singular_values: Float[AnyArray, k], energy: float) -> int:
+def energy_rank(singular_values: Float[AnyArray, "k"], energy: float) -> int:
     """Smallest rank that retains the share ``energy`` of the squared singular values.
 
     Raises:

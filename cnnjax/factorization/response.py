@@ -188,9 +188,9 @@ def nonlinear_response_low_rank(
 @jax.jit
 def response_factors(
     kernel: Float[AnyArray, "kh kw i o"],
-    bias: Float[AnyArray, o],
+    bias: Float[AnyArray, "o"],
     solution: LowRankMap,
-) -> tuple[Float[Array, "kh kw i r"], Float[Array, "1 1 r o"], Float[Array, o]]:
+) -> tuple[Float[Array, "kh kw i r"], Float[Array, "1 1 r o"], Float[Array, "o"]]:
     """The two kernels and the bias that make a layer answer ``P Q^T (W^T x + c) + b``."""
     spatial = einsum("abio,or->abir", kernel, solution.q)
     return spatial, solution.p.T[None, None], solution(bias)
@@ -208,7 +208,7 @@ def sample_positions(
 
 
 @jax.jit
-def response_spectrum(y: Responses) -> Float[Array, o]:
+def response_spectrum(y: Responses) -> Float[Array, "o"]:
     """Eigenvalues of the responses' covariance, in descending order (for `pca_energy_ranks`)."""
     centred = working(y) - working(y).mean(0)
     values = jnp.linalg.eigvalsh(matmul(centred.T, centred) / y.shape[0])

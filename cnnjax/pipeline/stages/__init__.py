@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cnnjax.pipeline.stages.channels import Channels
 from cnnjax.pipeline.stages.compress import DeepCompression
 from cnnjax.pipeline.stages.distill import Distill, KeepTeacher
 from cnnjax.pipeline.stages.pretrained import Pretrained
@@ -16,6 +17,7 @@ from cnnjax.pipeline.stages.sparse_training import (
 from cnnjax.pipeline.stages.train import Train
 
 __all__ = [
+    "Channels",
     "DeepCompression",
     "Distill",
     "Gates",

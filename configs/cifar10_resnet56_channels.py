@@ -1,0 +1,55 @@
+"""ResNet-56 on the JPEG copy of CIFAR-10: half of the MACs removed by whole channels, fine-tuned.
+
+    python scripts/run.py --config=configs/cifar10_resnet56_channels.py --data_dir=DIR \\
+        --config.stages.published.weights=cifar10_resnet56.npz
+
+where ``scripts/prepare_cifar10_jpeg.py`` has written the images. The weights are published ones
+(93.39 % on the lossless test set, 83.20 % on this copy). Filters go by their L1 norm (Li et al.
+2017, 1608.08710), compared over the whole network after dividing by each group's mean; tied
+channels of the residual streams go together. The fine-tuning is 40 epochs, for an accelerator; a
+reduced run on two CPU cores takes part of the training images:
+
+    ... --config.stages.channels.recipe.epochs=2 "--config.data.train=train[:5000]"
+
+What `scripts/update_results.py` found in ``configs/results/cifar10_resnet56_channels.json``:
+"""
+
+# [measured]
+# [/measured]
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnjax import pipeline
+from cnnjax.data import Augment
+from cnnjax.pipeline.stages import Channels, Pretrained
+from cnnjax.training import OptimizerConfig, ScheduleConfig
+
+
+def get_config() -> Any:
+    """See the module's docstring."""
+    recipe = pipeline.Recipe(
+        epochs=40.0,
+        optimizer=OptimizerConfig("sgd", nesterov=True, weight_decay=5e-4),
+        schedule=ScheduleConfig("cosine", base=0.02),
+        checkpoint_every=5.0,
+    )
+    network = pipeline.ModelSpec("resnet56_cifar", {"num_classes": 10})
+    return pipeline.config_dict(
+        "cifar10_resnet56_channels",
+        model=network,
+        data=pipeline.DataConfig(
+            "cifar10_jpeg",
+            batch_size=128,
+            eval_batch_size=1000,
+            augment=Augment(
+                pad=4, flip=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            ),
+        ),
+        stages={
+            "published": Pretrained("", network),
+            "channels": Channels(recipe, macs=0.5, round_to=4),
+        },
+        seeds=(0,),
+    )
