@@ -7,6 +7,7 @@ A matrix of shape (m, n) with ``a`` stored elements takes ``2a + m + 1`` numbers
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -52,7 +53,7 @@ def lower(kernel: Any) -> np.ndarray:
     kernel = np.asarray(kernel)
     if kernel.ndim == 0:
         raise ValueError("a scalar has no matrix form; expected an array with at least one axis")
-    return kernel.reshape((-1, kernel.shape[-1])) if kernel.ndim > 1 else kernel[None, :]
+    return kernel.reshape((math.prod(kernel.shape[:-1]), kernel.shape[-1]))
 
 
 def _bits_nonzero(flat: np.ndarray) -> np.ndarray:

@@ -85,8 +85,10 @@ def test_equals_scikit_learn_from_the_same_start():
 
 def test_binned_equals_exact_within_a_thousandth():
     x = np.r_[weights(50_000), [9.0, -8.0]].astype(np.float32)
-    exact = kmeans.inertia(x, kmeans.fit(x, 32))
-    assert kmeans.inertia(x, kmeans.fit(x, 32, bins=1 << 15)) == pytest.approx(exact, rel=1e-3)
+    # without splitting: a split may take another of several equal choices
+    exact = kmeans.inertia(x, kmeans.fit(x, 32, empty="keep"))
+    binned = kmeans.inertia(x, kmeans.fit(x, 32, bins=1 << 15, empty="keep"))
+    assert binned == pytest.approx(exact, rel=1e-3)
 
 
 @given(st.integers(1, 40), st.integers(1, 6), st.integers(0, 1000))

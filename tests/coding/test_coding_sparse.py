@@ -20,7 +20,7 @@ def same_bits(a, b):
 
 
 def sparse_matrix(rng, shape, density, dtype=np.float32):
-    return (rng.normal(size=shape) * (rng.random(shape) < density)).astype(dtype)
+    return np.where(rng.random(shape) < density, rng.normal(size=shape), 0).astype(dtype)
 
 
 MATRICES = {
