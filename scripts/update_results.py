@@ -30,7 +30,7 @@ Written by `scripts/update_results.py` from the JSON files beside it; each of th
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0], allow_abbrev=False)
     parser.add_argument("--configs", type=pathlib.Path, default=ROOT / "configs")
     parser.add_argument("--check", action="store_true", help="change nothing, say what would")
     flags = parser.parse_args(argv)

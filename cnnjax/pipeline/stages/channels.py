@@ -98,7 +98,7 @@ class Channels:
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         score = pruning.importance.get(self.score)
         scores = score(params, context.key("scores")) if self.score == "random" else score(params)
-        budget = {"macs": self.macs} if self.macs else {"ratio": self.ratio}
+        budget: dict[str, Any] = {"macs": self.macs} if self.macs else {"ratio": self.ratio}
         return pruning.select_channels(
             found,
             scores,
