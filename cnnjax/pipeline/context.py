@@ -34,6 +34,10 @@ class Recipe:
       checkpoint_every: epochs between checkpoints besides the last; 0: none.
       steps_per_call: steps in one compiled call; pays on tiny networks.
       compute_dtype: e.g. ``"bfloat16"``; None: float32.
+      accumulate: microbatches per step, whose gradients are averaged.
+      remat: ``"none"``, ``"convs"`` or ``"full"``: less memory for more computation, see
+        `cnnjax.training.StepConfig`.
+      tensorboard: also write TensorBoard event files into the stage's folder.
     """
 
     epochs: float = 10.0
@@ -45,6 +49,9 @@ class Recipe:
     checkpoint_every: float = 1.0
     steps_per_call: int = 1
     compute_dtype: str | None = None
+    accumulate: int = 1
+    remat: str = "none"
+    tensorboard: bool = False
 
     def __post_init__(self) -> None:
         if not self.epochs > 0:
@@ -56,6 +63,8 @@ class Recipe:
         return training.StepConfig(
             steps_per_call=self.steps_per_call,
             compute_dtype=self.compute_dtype,
+            accumulate=self.accumulate,
+            remat=self.remat,
             ema_decay=self.ema_decay,
         )
 
@@ -224,6 +233,7 @@ class Context:
                     eval_every=interval(recipe.eval_every),
                     checkpoint_every=interval(recipe.checkpoint_every),
                     progress=self.progress,
+                    tensorboard=recipe.tensorboard,
                     name=name,
                 ),
                 workdir=self.folder,

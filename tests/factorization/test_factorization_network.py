@@ -69,8 +69,8 @@ def check_exact(cases, rules):
 
 @pytest.mark.method("chain_apply")
 def test_replacement_is_exact_on_a_sample_of_the_grid():
-    # 73 is prime: every value of every axis of the grid occurs
-    check_exact(GRID[::73], RULES)
+    # 109 is prime: every value of every axis of the grid occurs
+    check_exact(GRID[::109], RULES)
 
 
 @pytest.mark.slow

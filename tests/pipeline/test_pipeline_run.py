@@ -227,3 +227,16 @@ def test_a_missing_data_set_says_how_to_prepare_it(digits_dir, tmp_path):
     config.data.data_dir = str(tmp_path / "none")
     with pytest.raises(data.DatasetNotPreparedError, match=r"prepare_data.py mnist"):
         pipeline.run(config, tmp_path / "run", progress=False)
+
+
+def test_settings_of_a_recipe_reach_the_training(digits_dir, tmp_path):
+    changes = {"accumulate": 2, "remat": "full", "compute_dtype": "bfloat16", "tensorboard": True}
+    schedule = training.ScheduleConfig("cosine", base=1e-2)
+    plain = pipeline.Recipe(epochs=2.0, schedule=schedule, **changes)
+    config = make(digits_dir, {"dense": Train(plain)})
+    pipeline.run(config, tmp_path, progress=False)
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["runs"][0]["stages"][0]["accuracy"] > 0.5
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+    with pytest.raises(ValueError, match="remat must be one of"):
+        pipeline.Recipe(remat="half")
