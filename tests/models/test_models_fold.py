@@ -11,6 +11,8 @@ from flax import nnx
 from cnnjax import models, tree
 from cnnjax.models.fold import Identity, fold_batchnorm
 
+pytestmark = pytest.mark.method("bn_fold")
+
 # name, fields, batch norms that must remain
 CASES = [
     ("resnet50", {"stages": (1, 1), "width": 4, "num_classes": 5}, 32, 0),

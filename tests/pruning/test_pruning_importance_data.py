@@ -48,6 +48,7 @@ def numpy_gradients(params, batch):
 
 
 @pytest.mark.method("fisher_pruning")
+@pytest.mark.method("fisher_importance")
 def test_gradient_statistics_equal_per_example_gradients_by_hand():
     params, batch = data()
     g1, gb, g2, gate_a, gate_b = numpy_gradients(params, batch)
@@ -93,6 +94,7 @@ def logistic(params, example):
 
 
 @pytest.mark.method("fisher_pruning")
+@pytest.mark.method("fisher_importance")
 def test_fisher_equals_half_the_hessian_of_the_gates_when_labels_are_the_models():
     n, d = 40_000, 3
     w = RNG.normal(size=d)

@@ -110,6 +110,7 @@ def test_predict_hook_and_bfloat16():
     assert float(half["loss"]) == pytest.approx(float(plain["loss"]), rel=0.02)
 
 
+@pytest.mark.method("bn_reestimate")
 def test_recalibration_gives_the_statistics_of_the_data():
     model = TinyConv(rngs=nnx.Rngs(0), dropout=0.5)
     network, params, stats = training.split_network(model)
@@ -140,6 +141,7 @@ def test_recalibration_gives_the_statistics_of_the_data():
     assert float(stats["norm"]["mean"][0]) == 0.0
 
 
+@pytest.mark.method("bn_reestimate")
 def test_recalibration_forms_and_errors():
     network, params, stats = training.split_network(TinyConv(rngs=nnx.Rngs(0)))
     image = arrays(8)["image"]
