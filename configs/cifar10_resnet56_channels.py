@@ -15,6 +15,9 @@ What `scripts/update_results.py` found in ``configs/results/cifar10_resnet56_cha
 """
 
 # [measured]
+# reduced run, seeds 0; 2 CPU cores, 1 x cpu, jax 0.10.2
+# published: error 16.80 %, 853.0k non-zeros, 1.00x
+# channels: error 24.86 %, 495.1k non-zeros, 1.00x
 # [/measured]
 
 from __future__ import annotations

@@ -57,15 +57,37 @@ def result_record(
         "reduced": reduced,
         "stages": report["summary"],
         "per_seed": [
-            {s["name"]: {"error": s["error"], "nonzeros": s["nonzeros"]} for s in run["stages"]}
+            {
+                s["name"]: {"error": s["error"], "nonzeros": s["nonzeros"], **_numbers(s)}
+                for s in run["stages"]
+            }
             | {"seed": run["seed"]}
             for run in report["runs"]
         ],
         "expected": report["config"].get("expected", {}),
         "environment": report["environment"],
-        # where the data lay says nothing about the result
-        "config": {**report["config"], "data": {**report["config"]["data"], "data_dir": ""}},
+        # where files lay says nothing about the result
+        "config": _without_places(
+            {**report["config"], "data": {**report["config"]["data"], "data_dir": ""}}
+        ),
     }
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's own single figures (its per-layer ones stay in the report)."""
+    own = record.get("metrics") or {}
+    return {k: v for k, v in own.items() if isinstance(v, int | float) and k not in record}
+
+
+def _without_places(value: Any) -> Any:
+    """The same settings with absolute paths cut down to the file's name."""
+    if isinstance(value, Mapping):
+        return {k: _without_places(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(v) for v in value]
+    if isinstance(value, str) and os.path.isabs(value):
+        return os.path.basename(value)
+    return value
 
 
 def write_result(record: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

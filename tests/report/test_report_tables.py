@@ -141,3 +141,11 @@ def test_environment_names_kinds_not_machines():
     import platform
 
     assert platform.node() not in map(str, env.values())
+
+
+def test_result_files_name_no_folder():
+    from cnnjax.report.results import _without_places
+
+    config = {"stages": {"a": {"weights": "/home/me/w.npz", "sizes": (1, 2)}}, "note": "a/b"}
+    kept = _without_places(config)
+    assert kept == {"stages": {"a": {"weights": "w.npz", "sizes": [1, 2]}}, "note": "a/b"}
