@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -110,6 +111,11 @@ def _files(folder):
     return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
+# where one array can't be read, Orbax drops the readers of the others without awaiting them
+ABANDONED = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@ABANDONED
 @pytest.mark.parametrize("damage", ["truncate", "delete", "flip"])
 def test_damaged_checkpoint(tmp_path, damage):
     state = _state(TinyMLP(rngs=nnx.Rngs(0), hidden=64))
@@ -128,8 +134,10 @@ def test_damaged_checkpoint(tmp_path, damage):
         with pytest.raises(CheckpointError, match=r"2 is damaged.*go on from step 1"):
             c.restore(state)
         assert int(c.restore(state, step=1).state.step) == 1
+    gc.collect()  # here, not within the next test
 
 
+@ABANDONED
 def test_missing_metadata(tmp_path):
     state = _state()
     with Checkpointer(tmp_path) as c:
