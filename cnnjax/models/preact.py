@@ -74,7 +74,7 @@ class PreActBranch(nnx.Module):
     @property
     def kernel(self) -> Any:
         """The last convolution's kernel."""
-        return (self.conv3 if self.deep else self.conv2).kernel
+        return residual.last_kernel(self.conv3 if self.deep else self.conv2)
 
 
 class Branches(nnx.Module):

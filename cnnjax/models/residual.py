@@ -41,6 +41,13 @@ def shortcut_a(
     return x
 
 
+def last_kernel(layer: Any) -> Any:
+    """The kernel whose outputs are the layer's: of the last part where factors replaced it."""
+    while isinstance(layer, nnx.Sequential):
+        layer = layer.layers[-1]
+    return layer.kernel
+
+
 def gated_branch(block: Any, x: Any, gate: Any) -> Any:
     """``gate * block.branch(x)``, skipped at training where the gate is 0.
 
@@ -159,7 +166,7 @@ class BasicBlock(PostActivation):
         )
 
     def _last_kernel(self) -> Any:
-        return self.conv2.kernel
+        return last_kernel(self.conv2)
 
     def branch(self, x: Any) -> Any:
         """F(x)."""
@@ -207,7 +214,7 @@ class Bottleneck(PostActivation):
         )
 
     def _last_kernel(self) -> Any:
-        return self.conv3.kernel
+        return last_kernel(self.conv3)
 
     def branch(self, x: Any) -> Any:
         """F(x)."""

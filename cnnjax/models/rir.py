@@ -68,7 +68,7 @@ class RirLayer(nnx.Module):
         if self.project:
             short = self.projection(r)
         else:
-            features = self.conv_rr.kernel.shape[-1]
+            features = residual.last_kernel(self.conv_rr).shape[-1]
             short = residual.shortcut_a(r, features, self.stride)
         new_r = self.conv_rr(r) + self.conv_tr(t) + short
         new_t = self.conv_rt(r) + self.conv_tt(t)
