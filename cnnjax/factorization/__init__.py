@@ -41,6 +41,7 @@ from cnnjax.factorization.matrix import (
     tail_norm,
     weighted_svd,
 )
+from cnnjax.factorization.named import make_rule, parse_rank, rule_names
 from cnnjax.factorization.network import LayerPlan, Plan, factorize, plan, report
 from cnnjax.factorization.ranks import allocate_ranks, break_even_rank, pca_energy_ranks
 from cnnjax.factorization.response import (
@@ -51,6 +52,7 @@ from cnnjax.factorization.response import (
 )
 from cnnjax.factorization.rules import (
     CP,
+    EVBMF,
     Basis,
     Energy,
     MacsRatio,
@@ -88,6 +90,7 @@ from cnnjax.factorization.vbmf import VBMFRank, evbmf_rank, tucker2_ranks
 
 __all__ = [
     "CP",
+    "EVBMF",
     "Basis",
     "CPInfo",
     "Chain",
@@ -139,14 +142,17 @@ __all__ = [
     "jaderberg_scheme1",
     "join_groups",
     "learn_separable_filters",
+    "make_rule",
     "monochromatic_conv",
     "nonlinear_response_low_rank",
+    "parse_rank",
     "pca_energy_ranks",
     "plan",
     "prediction_dictionary",
     "report",
     "response_factors",
     "response_low_rank",
+    "rule_names",
     "scheme1_chain",
     "separable_transform_chain",
     "smoothness_gate",

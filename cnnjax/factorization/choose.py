@@ -9,7 +9,7 @@ from jaxtyping import Float
 
 from cnnjax.factorization.chain import ConvSpec, conv_cost, split_groups, stages_cost
 from cnnjax.factorization.matrix import energy_rank
-from cnnjax.factorization.rules import KINDS, Energy, MacsRatio, Rank, Ranks, Rule
+from cnnjax.factorization.rules import EVBMF, KINDS, Energy, MacsRatio, Rank, Ranks, Rule
 from cnnjax.factorization.vbmf import evbmf_rank
 from cnnjax.typing import AnyArray
 
@@ -52,7 +52,9 @@ def choose_ranks(
 
 
 def _single(rule: Rule, blocks: np.ndarray, rank: Rank, k: int, full: int, name: str) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, int | float | str | Energy):
+    if rank == "evbmf":
+        rank = EVBMF()
+    if isinstance(rank, bool) or not isinstance(rank, int | float | EVBMF | Energy):
         raise ValueError(f"{name} rank is {rank!r}; {KINDS}")
     if isinstance(rank, int):
         if not 1 <= rank <= full:
@@ -69,13 +71,12 @@ def _single(rule: Rule, blocks: np.ndarray, rank: Rank, k: int, full: int, name:
         if isinstance(rank, Energy):
             values = np.linalg.svd(matrix, compute_uv=False)
             found.append(energy_rank(values, rank.share))
-        elif rank == "evbmf":
-            found.append(max(1, evbmf_rank(matrix).rank))
         else:
-            raise ValueError(
-                f"{name} rank is {rank!r}; expected an int, a share, Energy or 'evbmf'"
-            )
-    return min(full, max(found))
+            found.append(max(1, evbmf_rank(matrix, search=rank.search).rank))
+    least = min(full, max(found))
+    if isinstance(rank, EVBMF):
+        least += math.floor(rank.weaken * (full - least))
+    return least
 
 
 def _by_macs(

@@ -97,7 +97,7 @@ def spec_of(layer: nnx.Conv, path: str) -> ConvSpec:
     )
 
 
-def _candidates(model: nnx.Module, rules: Mapping[str, Rule]) -> list[tuple[str, Any, Rule]]:
+def _candidates(model: nnx.Module, rules: Mapping[str, Rule | None]) -> list[tuple[str, Any, Rule]]:
     found = surgery.modules(model)
     layers = {p: m for p, m in found.items() if isinstance(m, nnx.Conv | nnx.Linear)}
     out, used = [], set()
@@ -105,7 +105,8 @@ def _candidates(model: nnx.Module, rules: Mapping[str, Rule]) -> list[tuple[str,
         for pattern, rule in rules.items():
             if glob_match(pattern, path):
                 used.add(pattern)
-                out.append((path, layer, rule))
+                if rule is not None:
+                    out.append((path, layer, rule))
                 break
     for pattern in rules:
         if pattern not in used and not any(glob_match(pattern, p) for p in layers):
@@ -127,13 +128,18 @@ def _sizes(model: nnx.Module, example: Any) -> dict[str, tuple[int, int]]:
 
 
 def plan(
-    model: nnx.Module, rules: Mapping[str, Rule] | Rule, example: Any = None, *, key: Any = None
+    model: nnx.Module,
+    rules: Mapping[str, Rule | None] | Rule,
+    example: Any = None,
+    *,
+    key: Any = None,
 ) -> Plan:
     """Decides ranks; looks at weights, changes nothing.
 
     Args:
       model: any NNX network.
-      rules: ``{path glob: rule}``, the first match counts, or one rule for every layer.
+      rules: ``{path glob: rule}``, the first match counts, None keeps the layers; or one rule for
+        every layer.
       example: input (array, ``ShapeDtypeStruct`` or tuple of them) from which MACs are known; None
         judges by parameters.
       key: unused by the rules of today; accepted so that plan and `factorize` take the same.
@@ -190,7 +196,7 @@ def _plan_conv(
 
 def factorize(
     model: nnx.Module,
-    rules: Mapping[str, Rule] | Rule | Plan,
+    rules: Mapping[str, Rule | None] | Rule | Plan,
     example: Any = None,
     *,
     key: Any = None,

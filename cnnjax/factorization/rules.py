@@ -2,7 +2,7 @@
 
 ``rank`` of every rule is one of: an int; a float in (0, 1], the share of the full rank;
 `Energy` (share of the squared singular values kept); `MacsRatio` (largest rank whose chain costs
-at most this share of the layer's MACs); ``"evbmf"``. A rule maps a group's kernel (kh, kw, i, o) to
+at most this share of the layer's MACs); `EVBMF` or ``"evbmf"``. A rule maps a group's kernel (kh, kw, i, o) to
 factor arrays; `cnnjax.factorization.factorize` puts them into a network.
 """
 
@@ -45,9 +45,26 @@ class MacsRatio:
     ratio: float
 
 
-KINDS = "expected an int, a share (float), Energy, MacsRatio or 'evbmf'"
+@dataclasses.dataclass(frozen=True)
+class EVBMF:
+    """The rank by empirical variational Bayes, weakened towards the full one.
 
-Rank = int | float | str | Energy | MacsRatio | tuple
+    Attributes:
+      weaken: w of ``rank + w * (full - rank)``: 0 takes the (often very low) rank as it is.
+      search: ``"brent"`` or ``"global"``, see `cnnjax.factorization.evbmf_rank`.
+    """
+
+    weaken: float = 0.0
+    search: str = "brent"
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.weaken <= 1:
+            raise ValueError(f"EVBMF weaken is {self.weaken}; expected a share in [0, 1]")
+
+
+KINDS = "expected an int, a share (float), Energy, MacsRatio, EVBMF or 'evbmf'"
+
+Rank = int | float | str | Energy | MacsRatio | EVBMF | tuple
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from cnnjax.pipeline.stages.channels import Channels
 from cnnjax.pipeline.stages.compress import DeepCompression
 from cnnjax.pipeline.stages.distill import Distill, KeepTeacher
+from cnnjax.pipeline.stages.factorize import Factorize, LayerRule
 from cnnjax.pipeline.stages.pretrained import Pretrained
 from cnnjax.pipeline.stages.prune import Prune
 from cnnjax.pipeline.stages.sparse_training import (
@@ -20,8 +21,10 @@ __all__ = [
     "Channels",
     "DeepCompression",
     "Distill",
+    "Factorize",
     "Gates",
     "KeepTeacher",
+    "LayerRule",
     "Pretrained",
     "Proximal",
     "Prune",

@@ -1,0 +1,85 @@
+"""Rules from plain words, for config files: ``make_rule("tucker2", "evbmf 0.3")``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from cnnjax.errors import did_you_mean
+from cnnjax.factorization import rules
+
+_RULES: dict[str, Callable[..., rules.Rule]] = {
+    "basis": rules.Basis,
+    "spatial": rules.Spatial,
+    "tucker2": rules.Tucker2,
+    "cp": rules.CP,
+    "scheme1": rules.Scheme1,
+}
+_RANKS: dict[str, Callable[[float], Any]] = {
+    "energy": rules.Energy,
+    "macs": rules.MacsRatio,
+    "evbmf": rules.EVBMF,
+}
+
+
+def rule_names() -> tuple[str, ...]:
+    """Names that `make_rule` knows, sorted."""
+    return tuple(sorted(_RULES))
+
+
+def parse_rank(rank: Any) -> Any:
+    """A rank from a word: ``"energy 0.9"``, ``"macs 0.5"``, ``"evbmf 0.3"``, ``"8"``, ``"0.5"``.
+
+    Anything but a string (numbers, rank objects, tuples of them) is returned as it is, the entries
+    of a tuple parsed.
+
+    Raises:
+      ValueError: for another string; names the nearest word.
+    """
+    if isinstance(rank, tuple | list):
+        return tuple(parse_rank(r) for r in rank)
+    if not isinstance(rank, str) or rank == "evbmf":
+        return rank
+    for number in (int, float):
+        try:
+            return number(rank)
+        except ValueError:
+            continue
+    word, _, value = rank.partition(" ")
+    if word in _RANKS:
+        try:
+            return _RANKS[word](float(value))
+        except ValueError:
+            raise ValueError(
+                f"rank {rank!r}: expected '{word} NUMBER', e.g. '{word} 0.5'"
+            ) from None
+    raise ValueError(
+        f"rank is {rank!r}; {rules.KINDS}, in words 'energy 0.9', 'macs 0.5' or 'evbmf 0.3'."
+        f"{did_you_mean(word, _RANKS)}"
+    )
+
+
+def make_rule(name: str, rank: Any = None, **options: Any) -> rules.Rule:
+    """A rule by its name.
+
+    Args:
+      name: one of `rule_names`.
+      rank: see `parse_rank`; None is the rule's own default.
+      options: further attributes of the rule.
+
+    Raises:
+      ValueError: for an unknown name, option or rank; names the nearest one.
+    """
+    if name not in _RULES:
+        raise ValueError(f"unknown rule {name!r}.{did_you_mean(str(name), _RULES)}")
+    made = _RULES[name]
+    known = [f.name for f in dataclasses.fields(made) if f.name != "rank"]  # pyright: ignore
+    for option in options:
+        if option not in known:
+            raise ValueError(
+                f"rule {name!r} has no option {option!r}.{did_you_mean(option, known)}"
+            )
+    if rank is not None:
+        options["rank"] = parse_rank(rank)
+    return made(**options)

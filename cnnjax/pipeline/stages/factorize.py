@@ -1,0 +1,140 @@
+"""Tensor factorization as a stage: decide the ranks, replace the layers, recalibrate BatchNorm."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from cnnjax import factorization, graph, training
+from cnnjax.pipeline.context import Context
+from cnnjax.pipeline.registry import Carry, Outcome, stage
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerRule:
+    """What to do with the layers of one glob.
+
+    Attributes:
+      method: of `cnnjax.factorization.rule_names`, or ``keep``.
+      rank: a number, a share of full rank, or words: ``"macs 0.5"``, ``"energy 0.9"``,
+        ``"evbmf 0.3"``; see `cnnjax.factorization.parse_rank`.
+      options: further attributes of the rule.
+    """
+
+    method: str = "tucker2"
+    rank: int | float | str | tuple[int, ...] = "macs 0.5"
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rule()
+
+    def rule(self) -> factorization.Rule | None:
+        """The rule; None for ``keep``."""
+        if self.method == "keep":
+            return None
+        return factorization.make_rule(self.method, self.rank, **self.options)
+
+
+@stage("factorize")
+@dataclasses.dataclass(frozen=True)
+class Factorize:
+    """Replaces layers by factors of their weights; fine-tune by a ``train`` stage behind it.
+
+    Attributes:
+      rules: ``{path glob: what to do}``, the first match counts; layers of no glob stay.
+      recalibrate: training images whose BatchNorm statistics the new network takes over; 0: keep
+        the old statistics.
+      speed_batch: images per call when the speed-up is measured; 0: don't measure.
+    """
+
+    rules: Mapping[str, LayerRule] = dataclasses.field(default_factory=lambda: {"**": LayerRule()})
+    recalibrate: int = 2000
+    speed_batch: int = 0
+    restructures = True
+
+    def __post_init__(self) -> None:
+        if self.recalibrate < 0:
+            raise ValueError(f"recalibrate is {self.recalibrate}; expected a number of images")
+        if not self.rules:
+            raise ValueError("rules is empty: name at least one glob, e.g. {'**': {...}}")
+
+    def run(self, network: Carry, context: Context) -> Outcome:
+        """See `cnnjax.pipeline.registry`."""
+        if network.mask is not None:
+            raise ValueError("layers are factorized before weights: put this stage before masks")
+        image = example_image(context)
+        model = training.set_mode(network.model, train=False)
+        decided = factorization.plan(model, self._rules(), image)
+        small = factorization.factorize(model, decided, key=context.key("factors"))
+        accuracy = {
+            "accuracy_before": accuracy_of(model, context),
+            "accuracy_after_factorizing": accuracy_of(small, context),
+        }
+        if self.recalibrate:
+            small = recalibrated(small, context, self.recalibrate)
+            accuracy["accuracy_after_recalibration"] = accuracy_of(small, context)
+        old, new = graph.profile(model, image), graph.profile(small, image)
+        speed = context.recorded("speed") or measured_speed(model, small, image, self.speed_batch)
+        context.record("speed", speed)
+        metrics = {
+            **accuracy,
+            "macs_share": new.macs / old.macs,
+            "params_share": new.params / old.params,
+            **speed,
+            "layers": factorization.report(decided),
+        }
+        return Outcome(dataclasses.replace(network, model=small), metrics)
+
+    def _rules(self) -> dict[str, factorization.Rule | None]:
+        return {glob: layer.rule() for glob, layer in self.rules.items()}
+
+
+def example_image(context: Context) -> np.ndarray:
+    """One image of the test split, (1, h, w, c)."""
+    batches = context.test_batches()
+    try:
+        return np.asarray(next(iter(batches))["image"][:1])
+    finally:
+        batches.close()
+
+
+def accuracy_of(model: Any, context: Context) -> float:
+    """Top-1 on the test split."""
+    network, state = training.create_state(model, optax.set_to_zero(), seed=context.seed)
+    return context.evaluate(network, state)["top1"]
+
+
+def recalibrated(model: Any, context: Context, images: int) -> Any:
+    """The model with BatchNorm statistics of about this many training images."""
+    network, state = training.create_state(model, optax.set_to_zero(), seed=context.seed)
+    if not state.stats:
+        return model
+    batches = context.train_loader()
+    try:
+        count = max(1, round(images / context.data.batch_size))
+        stats = training.recalibrate_batchnorm(
+            network, state.params, state.stats, itertools.islice(iter(batches), count)
+        )
+    finally:
+        batches.close()
+    return training.state_to_model(network, state.replace(stats=stats))
+
+
+def measured_speed(model: Any, small: Any, image: np.ndarray, batch: int) -> dict[str, float]:
+    """Ratio of median times, the two networks timed in turns in this run; {} for batch 0."""
+    if not batch:
+        return {}
+    x = jnp.asarray(np.repeat(image, batch, axis=0))
+    old, new = (training.set_mode(m, train=False) for m in (model, small))
+    ratios = []
+    for _ in range(3):
+        before = graph.latency(old, x, calls=5, warmup=1)
+        after = graph.latency(new, x, calls=5, warmup=1)
+        ratios.append(before.median / after.median)
+    return {"speed_up": float(np.median(ratios)), "speed_batch": batch}
