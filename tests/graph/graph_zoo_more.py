@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from graph_zoo import Basic, ConvBN, Head, case, conv
+from graph_zoo_base import Basic, ConvBN, Head, case, conv
 from jax import lax
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import graph_proof as proof
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -175,14 +176,17 @@ def test_random_programs(program, ratio, seed):
 
 
 @pytest.mark.slow
-def test_five_hundred_random_programs():
+@pytest.mark.parametrize("part", range(5))
+def test_five_hundred_random_programs(part):
+    """A hundred in each part."""
     seen: dict[str, int] = {}
 
-    @settings(max_examples=500, derandomize=True, database=None, **SETTINGS)
+    @hypothesis.seed(part)
+    @settings(max_examples=100, database=None, **SETTINGS)
     @given(programs(), st.sampled_from((0.2, 0.4, 0.6, 0.85)), st.integers(0, 5))
     def run(program, ratio, seed):
         word = prove(program, ratio, seed)
         seen[word] = seen.get(word, 0) + 1
 
     run()
-    assert seen["equal"] >= 400, seen
+    assert seen["equal"] >= 80, seen

@@ -79,7 +79,7 @@ def test_padded_shortcut_fixes_what_meets_the_padding():
     assert (out.labels[12:] == -1).all()
     assert "padding" in out.reason
     assert out.source is not None
-    assert out.source.file.endswith("graph_zoo.py")
+    assert out.source.file.endswith("graph_zoo_residual.py")
 
 
 def test_shuffle_and_flip_move_labels():

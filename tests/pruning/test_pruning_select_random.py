@@ -5,6 +5,7 @@ from __future__ import annotations
 import pathlib
 import sys
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,14 +56,17 @@ def test_random_programs(program, ratio, seed, scope):
 
 
 @pytest.mark.slow
-def test_three_hundred_random_programs():
+@pytest.mark.parametrize("part", range(3))
+def test_three_hundred_random_programs(part):
+    """A hundred in each part."""
     seen: dict[str, int] = {}
 
-    @settings(max_examples=300, derandomize=True, database=None, **SETTINGS)
+    @hypothesis.seed(100 + part)
+    @settings(max_examples=100, database=None, **SETTINGS)
     @given(programs(), RATIOS, st.integers(0, 5), SCOPES)
     def run(program, ratio, seed, scope):
         word = prove(program, ratio, seed, scope)
         seen[word] = seen.get(word, 0) + 1
 
     run()
-    assert seen["equal"] >= 200, seen
+    assert seen["equal"] >= 65, seen

@@ -65,7 +65,7 @@ def test_shrunk_equals_gated_at_every_ratio(name, ratio, seed):
 
 @pytest.mark.parametrize("name", sorted(REFUSED))
 def test_hard_coded_positions_are_refused(name):
-    with pytest.raises(G.LabelError, match=r"graph_zoo.py:\d+"):
+    with pytest.raises(G.LabelError, match=r"graph_zoo_channels\.py:\d+"):
         proved(name, 0.4, 0)
 
 
