@@ -42,6 +42,7 @@ from cnnjax.coding.deep_compression import (
     finetune_codebooks,
     round_tables,
 )
+from cnnjax.coding.network import absorb_statistics, complete, restore, variables
 from cnnjax.coding.sharing import (
     fake_quantize_tree,
     quantize_tree,
@@ -67,10 +68,12 @@ __all__ = [
     "TensorSize",
     "Uniform",
     "WinogradReLU",
+    "absorb_statistics",
     "ans",
     "centroid_grad",
     "codebook_hooks",
     "codebooks",
+    "complete",
     "compress",
     "decompress",
     "drop_negative_zeros",
@@ -88,6 +91,7 @@ __all__ = [
     "quantize_tree",
     "relative_index",
     "report",
+    "restore",
     "round_leaves",
     "round_tables",
     "save",
@@ -98,6 +102,7 @@ __all__ = [
     "streams",
     "uniform",
     "unpack",
+    "variables",
     "winograd",
     "with_codebooks",
 ]

@@ -90,23 +90,32 @@ def _narrowest(array: np.ndarray) -> str:
 
 def _write_floats(out: Writer, array: np.ndarray) -> None:
     name = _narrowest(array)
-    out.varint(DTYPES.index(name))
-    out.raw(_little(array.astype(jnp.dtype(name))))
+    data = _little(array.astype(jnp.dtype(name)))
+    one = data[: jnp.dtype(name).itemsize]
+    # equal numbers (absorbed statistics, fresh scales) are stored once
+    constant = array.size > 1 and data == one * array.size
+    out.varint(DTYPES.index(name) + len(DTYPES) * constant)
+    out.raw(one if constant else data)
 
 
 def _read_floats(reader: Reader, count: int, dtype: str) -> np.ndarray:
-    name = DTYPES[reader.varint(limit=len(DTYPES) - 1, what="a stored dtype")]
+    constant, index = divmod(
+        reader.varint(limit=2 * len(DTYPES) - 1, what="a stored dtype"), len(DTYPES)
+    )
+    if constant and count < 2:
+        raise FormatError(f"one number for {count} equal ones")
+    name = DTYPES[index]
     narrow = name in ("float16", "bfloat16") and dtype in ("float32", "float64")
     if name != dtype and not narrow:
         raise FormatError(f"{dtype} numbers stored as {name}")
     stored = jnp.dtype(name)
-    data = reader.raw(count * stored.itemsize)
+    data = reader.raw((1 if constant else count) * stored.itemsize)
     if name == "bool" and data and max(data) > 1:
         raise FormatError("a bool that is neither 0 nor 1")
     out = np.frombuffer(data, stored).astype(jnp.dtype(dtype))
     if jnp.issubdtype(out.dtype, jnp.floating) and not np.isfinite(out.astype(np.float64)).all():
         raise FormatError("a stored number is not finite")
-    return out
+    return np.repeat(out, count) if constant else out
 
 
 def _lines(array: np.ndarray, layout: int) -> np.ndarray:

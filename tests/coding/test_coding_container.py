@@ -210,6 +210,17 @@ def test_known_bytes_do_not_change():
     assert payload == b"\x00\x01" + np.array([1.5, 0.0], "<f2").tobytes()
 
 
+@pytest.mark.parametrize("value", [1.0, -0.0, 0.0, 0.1])
+def test_equal_numbers_are_stored_once(value):
+    tree = {"var": np.full((8, 125), value, "f4"), "count": np.full(1000, 7, "i4")}
+    blob = coding.pack(tree)
+    assert len(blob) < 160
+    assert_same_coded(coding.unpack(blob).coded, tree)
+    tree["var"][-1, -1] = -value  # 0.0 beside -0.0 is not the same number
+    back = coding.unpack(coding.pack(tree)).coded["var"]
+    assert np.asarray(back).tobytes() == tree["var"].tobytes()
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_nan_is_refused_everywhere(value):
     bad = np.array([1.0, value], "f4")
