@@ -2,8 +2,8 @@
 
 ``rank`` of every rule is one of: an int; a float in (0, 1], the share of the full rank;
 `Energy` (share of the squared singular values kept); `MacsRatio` (largest rank whose chain costs
-at most this share of the layer's MACs); `EVBMF` or ``"evbmf"``. A rule maps a group's kernel (kh, kw, i, o) to
-factor arrays; `cnnjax.factorization.factorize` puts them into a network.
+at most this share of the layer's MACs); `EVBMF` or ``"evbmf"``. A rule maps a group's kernel
+(kh, kw, i, o) to factor arrays; `cnnjax.factorization.factorize` puts them into a network.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -80,6 +80,10 @@ class Rule:
     rank: Rank = MacsRatio(0.5)
     depthwise: bool = False
     always: bool = False
+    # the factors come out of one compiled function; False for what runs on the host
+    compiled: ClassVar[bool] = True
+    # the singular values of `matrices` tell what a rank keeps
+    spectral: ClassVar[bool] = True
 
     def matrices(self, kernel: np.ndarray) -> list[np.ndarray]:
         """The unfoldings whose singular values judge each rank."""
