@@ -115,6 +115,7 @@ class Ledger:
         self.consumed: set[int] = set()  # first node of axes that are contracted away
         self.literals: list[tuple[float, Any]] = []
         self.located = True  # whether equations' own lines are to be believed
+        self.rearranged = False  # whether the slice being read is put back in another order
         self.info: Any = None  # of the equation being read
         self._seen: set[tuple[Any, ...]] = set()
 

@@ -13,7 +13,7 @@ from cnnjax.graph.values import Comp, Value, common, minimise, opaque
 MAX_PARTS = 8  # chunks of a dim that a slice is believed to follow
 
 
-def _rename(val: Value, new: dict[int, int], shape: tuple[int, ...]) -> Value:
+def rename(val: Value, new: dict[int, int], shape: tuple[int, ...]) -> Value:
     """Moves dims: ``new[d]`` is where dim d went (absent if it's gone)."""
     comps = []
     for c in val.comps:
@@ -34,7 +34,7 @@ def _rename(val: Value, new: dict[int, int], shape: tuple[int, ...]) -> Value:
 
 def transpose(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
     """Permutes dims."""
-    return _rename(vals[0], {d: i for i, d in enumerate(params["permutation"])}, shape)
+    return rename(vals[0], {d: i for i, d in enumerate(params["permutation"])}, shape)
 
 
 def broadcast_in_dim(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
@@ -49,21 +49,21 @@ def broadcast_in_dim(ledger: Ledger, params: dict[str, Any], vals: list[Value], 
             c = ledger.tie_dims(c, tuple(wide), "broadcast")
         if c is not None and not set(c.dims) & set(wide):
             comps.append(c)
-    return _rename(val.like(comps=tuple(comps)), dict(enumerate(to)), shape)
+    return rename(val.like(comps=tuple(comps)), dict(enumerate(to)), shape)
 
 
 def squeeze(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
     """Removes dims of length 1."""
     gone = {d % len(vals[0].shape) for d in params["dimensions"]}
     kept = [d for d in range(len(vals[0].shape)) if d not in gone]
-    return _rename(vals[0], {d: i for i, d in enumerate(kept)}, shape)
+    return rename(vals[0], {d: i for i, d in enumerate(kept)}, shape)
 
 
 def expand_dims(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
     """Inserts dims of length 1."""
     new = {d % len(shape) for d in params["dimensions"]}
     kept = [d for d in range(len(shape)) if d not in new]
-    return _rename(vals[0], dict(enumerate(kept)), shape)
+    return rename(vals[0], dict(enumerate(kept)), shape)
 
 
 def rev(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
@@ -208,7 +208,7 @@ def slice_dim(ledger: Ledger, val: Value, d: int, start: int, stop: int, stride:
             val = val.like(
                 comps=tuple(tied if x is c else x for x in val.comps if x is not c or tied)
             )
-        elif len(c.dims) == 1:
+        elif len(c.dims) == 1 and not ledger.rearranged:
             text = f"sliced {start}:{stop}" + (f":{stride}" if stride > 1 else "")
             unit = math.gcd(start, stop, n)
             if stride > 1:

@@ -1,4 +1,4 @@
-"""Label rules of reductions, windows and indexing."""
+"""Label rules of reductions and windows."""
 
 from __future__ import annotations
 
@@ -59,36 +59,3 @@ def windowed(ledger: Ledger, name: str, dims: tuple[int, ...], vals: list[Value]
         else:
             comps.append(c)
     return Value(shape, tuple(comps), tuple(distinct), **common(vals))
-
-
-def gather(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
-    """``x[..., indices, :]``: constant indices pick labels; other indices fix the indexed dim."""
-    val, idx = vals[0], vals[1]
-    dn, sizes = params["dimension_numbers"], params["slice_sizes"]
-    shape = tuple(shape)
-    indexed = tuple(dn.start_index_map)
-    whole = [d for d in range(len(val.shape)) if sizes[d] == val.shape[d] and d not in indexed]
-    collapsed = tuple(dn.collapsed_slice_dims)
-    kept = [d for d in range(len(val.shape)) if d not in collapsed]
-    to = dict(zip(kept, dn.offset_dims))
-    simple = not getattr(dn, "operand_batching_dims", ()) and len(kept) == len(dn.offset_dims)
-    comps, distinct = [], [n > 1 for n in shape]
-    for c in val.comps:
-        if simple and all(d in whole and d in to for d in c.dims):
-            comps.append(Comp(tuple(to[d] for d in c.dims), c.labels, c.zero))
-            continue
-        ledger.fix(c.labels, "indexed by fixed or computed positions")
-    for d, e in to.items():
-        if simple and d in whole:
-            distinct[e] = val.distinct[d]
-    act = val.act or idx.act
-    leaves = frozenset() if act else val.leaves
-    return Value(
-        shape,
-        tuple(comps),
-        tuple(distinct),
-        act=act,
-        leaves=leaves,
-        src=val.src | idx.src,
-        why=val.why or "indexed positions",
-    )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from cnnjax.graph import contraction, elementwise, movement, reduction
+from cnnjax.graph import contraction, elementwise, indexing, movement, reduction
 from cnnjax.graph.ledger import Ledger, frames
 from cnnjax.graph.values import Value, common, constant, opaque
 
@@ -43,7 +43,7 @@ _MOVES: dict[str, Callable[..., Value]] = {
     "pad": movement.pad,
     "conv_general_dilated": contraction.conv_general_dilated,
     "dot_general": contraction.dot_general,
-    "gather": reduction.gather,
+    "gather": indexing.gather,
     "cnnjax_depthwise_conv": contraction.own_conv,
     "cnnjax_grouped_conv": contraction.own_conv,
     "cnnjax_pointwise_conv": contraction.own_conv,
@@ -108,6 +108,8 @@ def _fold(name: str, params: dict[str, Any], vals: list[Value], aval: Any) -> np
                 out = np.broadcast_to(kept[tuple(index)], aval.shape)
             elif name == "concatenate":
                 out = np.concatenate(a, axis=params["dimension"])
+            elif name == "rev":
+                out = np.flip(a[0], params["dimensions"])
             elif name == "select_n":
                 out = np.where(a[0], a[2], a[1]) if len(a) == 3 else None
             elif name == "slice":
@@ -137,9 +139,11 @@ def walk(ledger: Ledger, jaxpr: Jaxpr, consts: list[Value], args: list[Value]) -
             return constant(atom.val)
         return env[atom]
 
+    rearranged = indexing.rearranged(jaxpr)
     for eqn in jaxpr.eqns:
         vals = [read(v) for v in eqn.invars]
         outer = ledger.info
+        ledger.rearranged = id(eqn) in rearranged
         if ledger.located:
             ledger.info = eqn.source_info
         outs = equation(ledger, eqn, vals)

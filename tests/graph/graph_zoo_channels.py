@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from graph_zoo_base import Basic, ConvBN, Head, case, conv
 
@@ -159,14 +160,58 @@ class Flip(nnx.Module):
         return self.head(self.c(self.b(x[..., ::-1]) + x))
 
 
-@case("channel_roll")
+@case("channel_roll", shift=1)
+@case("channel_roll_back", shift=-3)
 class Roll(nnx.Module):
-    def __init__(self, *, rngs):
+    def __init__(self, *, rngs, shift):
         self.a, self.b = ConvBN(3, 8, rngs=rngs), ConvBN(8, 8, rngs=rngs)
+        self.head, self.shift = Head(8, rngs=rngs), shift
+
+    def __call__(self, x):
+        return self.head(self.b(jnp.roll(self.a(x), self.shift, axis=-1)))
+
+
+@case("halves_swapped")
+class Swapped(nnx.Module):
+    """Cut anywhere, and put together in another order."""
+
+    def __init__(self, *, rngs):
+        self.a, self.b = ConvBN(3, 10, rngs=rngs), ConvBN(14, 8, rngs=rngs)
+        self.c = ConvBN(3, 4, 1, rngs=rngs)
         self.head = Head(8, rngs=rngs)
 
     def __call__(self, x):
-        return self.head(self.b(jnp.roll(self.a(x), 1, axis=-1)))
+        y = self.a(x)
+        return self.head(self.b(jnp.concatenate([y[..., 3:], self.c(x), y[..., :3]], axis=-1)))
+
+
+@case("index_shuffle")
+class IndexShuffle(nnx.Module):
+    """A channel shuffle, a flip and a repetition by index arrays made from the width."""
+
+    def __init__(self, *, rngs):
+        self.a, self.b = ConvBN(3, 12, rngs=rngs), ConvBN(12, 12, 1, 1, 3, rngs=rngs)
+        self.c, self.d = ConvBN(12, 8, rngs=rngs), ConvBN(16, 6, rngs=rngs)
+        self.head = Head(6, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.a(x)
+        x = x[..., np.arange(x.shape[-1]).reshape(3, -1).T.ravel()]
+        x = self.b(x)
+        x = self.c(jnp.take(x, jnp.arange(x.shape[-1])[::-1], axis=-1))
+        return self.head(self.d(x[..., np.arange(x.shape[-1]).repeat(2)]))
+
+
+@case("fixed_index")
+class FixedIndex(nnx.Module):
+    """An index array that knows nothing of the width."""
+
+    def __init__(self, *, rngs):
+        self.a, self.b = ConvBN(3, 8, rngs=rngs), ConvBN(8, 6, rngs=rngs)
+        self.head = Head(6, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(self.b(self.a(x)[..., np.array([3, 1, 2, 5, 4, 0, 7, 6])]))
 
 
 @case("hard_coded", tags="refused")

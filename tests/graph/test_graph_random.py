@@ -19,7 +19,7 @@ from cnnjax import graph as g
 
 OPS = (
     "conv", "conv", "group", "depthwise", "norm", "relu", "sigmoid", "add", "concat", "split",
-    "shuffle", "gate", "flip", "pool", "maxout",
+    "shuffle", "gate", "flip", "pool", "maxout", "roll", "index",
 )  # fmt: skip
 WIDTHS = (4, 8, 12)
 
@@ -82,6 +82,10 @@ def apply(s: Step, p: dict[str, Any], vals: list[Any]) -> Any:
         return x.reshape(n, h, w, s.groups, -1).swapaxes(3, 4).reshape(x.shape)
     if s.op == "flip":
         return x[..., ::-1]
+    if s.op == "roll":
+        return jnp.roll(x, s.groups, -1)
+    if s.op == "index":
+        return x[..., np.arange(c).reshape(s.groups, -1).T.ravel()]
     if s.op == "maxout":
         return x.reshape(n, h, w, -1, 2).max(-1)
     assert s.op == "pool"
@@ -136,7 +140,9 @@ def programs(draw: Any) -> Program:
                 put(Step(op, (i, j), name), c + widths[j])
         elif op == "split" and c % 2 == 0:
             put(Step(op, (i,), name, draw(st.sampled_from((1, 2)))), c // 2)
-        elif op == "shuffle":
+        elif op == "roll":
+            put(Step(op, (i,), name, draw(st.sampled_from((1, 3, -2)))), c)
+        elif op in ("shuffle", "index"):
             groups = draw(st.sampled_from([q for q in (2, 3, 4) if c % q == 0] or [1]))
             put(Step(op, (i,), name, groups), c)
         elif op == "maxout" and c % 2 == 0:
