@@ -74,7 +74,8 @@ def absorb_statistics(model: nnx.Module) -> nnx.Module:
     The copy is for inference: in training mode a BatchNorm divides by the batch's own deviation,
     and then its new scale would be wrong. BatchNorms without scale or bias stay as they are.
     """
-    model = nnx.merge(*nnx.split(model), copy=True)
+    graphdef, state = nnx.split(model)
+    model = nnx.merge(graphdef, jax.tree.map(jax.numpy.asarray, state), copy=True)
     for _, module in nnx.iter_graph(model):
         if not isinstance(module, nnx.BatchNorm) or module.scale is None or module.bias is None:
             continue
