@@ -8,6 +8,7 @@ from typing import Any
 
 from cnnjax.errors import did_you_mean
 from cnnjax.factorization import rules
+from cnnjax.factorization.asymmetric import Asymmetric3D
 
 _RULES: dict[str, Callable[..., rules.Rule]] = {
     "basis": rules.Basis,
@@ -15,6 +16,7 @@ _RULES: dict[str, Callable[..., rules.Rule]] = {
     "tucker2": rules.Tucker2,
     "cp": rules.CP,
     "scheme1": rules.Scheme1,
+    "asymmetric_3d": Asymmetric3D,
 }
 _RANKS: dict[str, Callable[[float], Any]] = {
     "energy": rules.Energy,

@@ -71,6 +71,7 @@ def add_moments(moments: ResponseMoments, y: Responses, z: Responses) -> Respons
     )
 
 
+@functools.partial(jax.jit, static_argnames="eps")
 def _ordered_map(moments: ResponseMoments, eps: float) -> tuple[Array, Array]:
     """P and Q of full rank (o, o): the best map of every lower rank is their first columns."""
     outputs = moments.yy.shape[0]
@@ -86,7 +87,6 @@ def _ordered_map(moments: ResponseMoments, eps: float) -> tuple[Array, Array]:
     return p, matmul(full.T, p)
 
 
-@functools.partial(jax.jit, static_argnames=("rank", "eps"))
 def solve_moments(moments: ResponseMoments, rank: int, eps: float = 1e-9) -> LowRankMap:
     """Reduced-rank regression of the targets on the predictors: ``min ||Z - M Y - b||``.
 
@@ -96,8 +96,7 @@ def solve_moments(moments: ResponseMoments, rank: int, eps: float = 1e-9) -> Low
       eps: ridge relative to the trace of the covariance.
     """
     check_rank(rank, moments.yy.shape[0], "response")
-    p, q = _ordered_map(moments, eps)
-    p, q = p[:, :rank], q[:, :rank]
+    p, q = (a[:, :rank] for a in _ordered_map(moments, eps))
     return LowRankMap(p, q, moments.z_mean - matmul(p, matmul(q.T, moments.y_mean)))
 
 

@@ -36,11 +36,13 @@ class Site:
       path: of the convolution or dense layer.
       norm: path of the BatchNorm behind it, whose output is the response; None: its own output.
       relu: whether a ReLU alone reads the response.
+      size: (height, width) of the layer's input; (1, 1) for dense layers.
     """
 
     path: str
     norm: str | None
     relu: bool
+    size: tuple[int, int] = (1, 1)
 
     @property
     def tap(self) -> str:
@@ -62,7 +64,7 @@ def images(batches: Batches) -> Iterator[Any]:
 
 
 def find_sites(model: nnx.Module, paths: Sequence[str], example: Any) -> tuple[Site, ...]:
-    """The sites of layers, in the order in which the network applies them.
+    """The sites of layers, in the order in which the network computes their responses.
 
     Args:
       model: any NNX network, read in evaluation mode.
@@ -91,7 +93,12 @@ def find_sites(model: nnx.Module, paths: Sequence[str], example: Any) -> tuple[S
             module = found.get(norm.path)
             if isinstance(module, nnx.BatchNorm) and module.scale is not None:
                 norms[path] = norm.path if module.bias is not None else None
-    return _read_program(model, ordered, norms, examples)
+    shapes = {layer.path: layer.input_shape for layer in read.layers}
+    sizes = {p: (shapes[p][1], shapes[p][2]) for p in ordered if len(shapes[p]) == 4}
+    return tuple(
+        dataclasses.replace(site, size=sizes.get(site.path, (1, 1)))
+        for site in _read_program(model, ordered, norms, examples)
+    )
 
 
 def _read_program(
@@ -103,16 +110,19 @@ def _read_program(
     closed, shapes = jax.make_jaxpr(lambda *x: run(*x)[1], return_shape=True)(*abstract)
     program = closed.jaxpr
     values = jax.tree.unflatten(jax.tree.structure(shapes), program.outvars)
-    sites = []
+    made = {id(v): i for i, eqn in enumerate(program.eqns) for v in eqn.outvars}
+    sites, order = [], []
     for path in paths:
         own, norm = values[path], norms.get(path)
         relu = _relu_reads(program, own)
         # a BatchNorm that reads something else (behind the ReLU, say) is not part of the response
         if norm is not None and not relu and values[norm][0] is own:
             sites.append(Site(path, norm, _relu_reads(program, values[norm][1])))
+            order.append(made[id(values[norm][1])])
         else:
             sites.append(Site(path, None, relu))
-    return tuple(sites)
+            order.append(made[id(own)])
+    return tuple(site for _, site in sorted(zip(order, sites), key=lambda pair: pair[0]))
 
 
 def _relu_reads(program: Any, value: Any) -> bool:
@@ -152,12 +162,12 @@ def gather_responses(
     run, state = _responses(model, sites)
 
     @jax.jit
-    def sampled(state: Any, x: Any, key: Any) -> Any:
+    def draw(state: Any, x: Any, key: Any) -> Any:
         return {p: _rows(key, y, positions) for p, y in run(state, x).items()}
 
     parts: dict[str, list[Any]] = {site.path: [] for site in sites}
     for index, x in enumerate(images(batches)):
-        for path, rows in sampled(state, x, jax.random.fold_in(key, index)).items():
+        for path, rows in draw(state, x, jax.random.fold_in(key, index)).items():
             parts[path].append(rows)
     if not next(iter(parts.values()), [0]):
         raise ValueError("no batches: responses need at least one")
@@ -186,13 +196,18 @@ def response_moments(
     return moments
 
 
-def spectra(moments: Mapping[str, ResponseMoments]) -> dict[str, np.ndarray]:
-    """Descending eigenvalues of each covariance, for `pca_energy_ranks`."""
-    out = {}
-    for path, m in moments.items():
-        values = np.linalg.eigvalsh(np.asarray(m.yy, np.float64) / max(float(m.count), 1.0))
-        out[path] = np.maximum(values[::-1], 0.0)
-    return out
+def spectra(moments: ResponseMoments, groups: int = 1) -> np.ndarray:
+    """Descending eigenvalues of a covariance, for `pca_energy_ranks`.
+
+    Args:
+      moments: of one layer.
+      groups: of its outputs, in order; the result is then the mean over their spectra.
+    """
+    n = moments.yy.shape[0] // groups
+    blocks = [np.s_[g * n : (g + 1) * n, g * n : (g + 1) * n] for g in range(groups)]
+    yy = np.asarray(moments.yy, np.float64) / max(float(moments.count), 1.0)
+    values = np.mean([np.linalg.eigvalsh(yy[block]) for block in blocks], axis=0)
+    return np.maximum(values[::-1], 0.0)
 
 
 def _responses(model: nnx.Module, sites: Sequence[Site]) -> tuple[Any, Any]:
@@ -208,3 +223,9 @@ def _responses(model: nnx.Module, sites: Sequence[Site]) -> tuple[Any, Any]:
 
 def _rows(key: Any, y: Any, positions: int) -> Any:
     return sample_positions(key, y, positions) if y.ndim == 4 else y.reshape(-1, y.shape[-1])
+
+
+def sampled(responses: Sequence[Any], key: Any, positions: int) -> Any:
+    """What `gather_responses` keeps of one layer's responses, given batch by batch."""
+    rows = [_rows(jax.random.fold_in(key, i), y, positions) for i, y in enumerate(responses)]
+    return jnp.concatenate(rows)

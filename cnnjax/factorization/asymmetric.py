@@ -1,0 +1,178 @@
+"""Zhang's combined space and channel decomposition, and its ranks by PCA energy over a network.
+
+A layer becomes ``kh x 1, I -> d''``, ``1 x kw, d'' -> d'``, ``1 x 1, d' -> O``. From weights alone
+the three come of two truncated SVDs; with data `cnnjax.factorization.reconstruct` fits the second
+split to the layer's responses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array
+
+from cnnjax import surgery
+from cnnjax.factorization import chain as chains
+from cnnjax.factorization.chain import (
+    Chain,
+    ConvSpec,
+    conv_cost,
+    join_groups,
+    split_groups,
+    stages_cost,
+)
+from cnnjax.factorization.choose import choose_ranks
+from cnnjax.factorization.matrix import filter_basis
+from cnnjax.factorization.network import plan
+from cnnjax.factorization.ranks import pca_energy_ranks
+from cnnjax.factorization.rules import Basis, MacsRatio, Ranks, Rule, Spatial, Stages
+from cnnjax.factorization.sites import Batches, Site, find_sites, response_moments, spectra
+from cnnjax.factorization.spatial import spatial_svd, spatial_unfolding
+from cnnjax.factorization.survey import Plan, spec_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Asymmetric3D(Rule):
+    """``kh x 1``, ``1 x kw``, ``1x1``; ``rank`` may be a pair (between the spatial two, before the
+    1x1)."""
+
+    def matrices(self, kernel: np.ndarray) -> list[np.ndarray]:
+        """(i*kh, o*kw) and (kh*kw*i, o)."""
+        return [np.asarray(spatial_unfolding(kernel)), kernel.reshape(-1, kernel.shape[-1])]
+
+    def full(self, shape: tuple[int, ...]) -> Ranks:
+        """(min(i*kh, o*kw), o)."""
+        kh, kw, i, o = shape
+        return (min(i * kh, o * kw), min(kh * kw * i, o))
+
+    def stages(self, shape: tuple[int, ...], ranks: Ranks, spec: ConvSpec) -> Stages:
+        """See `Rule.stages`."""
+        kh, kw, i, o = shape
+        p, q = ranks
+        return [
+            ((kh, 1, i, spec.groups * p), spec.vertical()),
+            ((1, kw, p, spec.groups * q), spec.horizontal()),
+            ((1, 1, q, o), spec.pointwise()),
+        ]
+
+    def chain(
+        self, key: Array, kernel: Array, ranks: Ranks, spec: ConvSpec, bias: Array | None
+    ) -> Chain:
+        """Both splits by truncated SVD: no data."""
+
+        def factors(block: Array) -> tuple[Array, ...]:
+            vertical, horizontal = spatial_svd(block, ranks[0])
+            return vertical, *filter_basis(horizontal, ranks[1])
+
+        parts = map(join_groups, jax.vmap(factors)(split_groups(kernel, spec.groups)))
+        return chains.spatial_mix_chain(*parts, spec=spec, bias=bias)
+
+    def spatial_part(self, kernel: Array, rank: int, spec: ConvSpec, bias: Array | None) -> Chain:
+        """The first two stages alone: ``kh x 1`` and ``1 x kw`` with all outputs."""
+        parts = jax.vmap(lambda k: spatial_svd(k, rank))(split_groups(kernel, spec.groups))
+        return chains.spatial_chain(*map(join_groups, parts), spec=spec, bias=bias)
+
+
+def pca_plan(
+    model: nnx.Module,
+    rules: Mapping[str, Rule | None] | Rule,
+    batches: Batches,
+    macs: float,
+    *,
+    example: Any,
+    split: float = 0.5,
+) -> Plan:
+    """Ranks of a whole network by the PCA energy of its responses, to a budget of MACs.
+
+    The greedy product of `pca_energy_ranks` over the layers' response spectra chooses d'. Between
+    space and channels of `Asymmetric3D` the spatial part comes first: it may use
+    ``macs ** split`` of a layer's MACs (the square root of the speed-up each by default).
+
+    Args:
+      model: any NNX network.
+      rules: `Basis` and `Asymmetric3D` rules by path glob (None keeps a layer); their own ranks
+        are not looked at.
+      batches: inputs, arrays or mappings with ``"image"``, all positions of which count.
+      macs: share of the rules' layers' MACs that is allowed.
+      example: an input.
+      split: see above.
+
+    Returns:
+      A plan with concrete ranks; layers whose chain would not be cheaper are kept.
+
+    Raises:
+      ValueError: for another rule, a share outside (0, 1), or a budget that is out of reach.
+
+    Reference:
+      Zhang et al., TPAMI 2016, arXiv 1505.06798, sections 2.4 and 2.5.
+    """
+    if not 0 < macs < 1:
+        raise ValueError(f"macs is {macs}; expected a share in (0, 1)")
+    rules = {"**": rules} if isinstance(rules, Rule) else dict(rules)
+    # any rank will do to see which layers the rules reach and what those cost
+    reached = plan(model, {g: r and dataclasses.replace(r, rank=1) for g, r in rules.items()})
+    chosen_rules = {p.path: p.rule for p in reached.layers if p.kept != "depthwise"}
+    for path, rule in chosen_rules.items():
+        if not isinstance(rule, Basis | Asymmetric3D):
+            raise ValueError(
+                f"{path}: pca_plan takes Basis and Asymmetric3D rules, not {type(rule).__name__}"
+            )
+    sites = find_sites(model, list(chosen_rules), example)
+    moments = response_moments(model, sites, batches)
+    found = surgery.modules(model)
+    total = fixed = 0.0
+    costs, energies, spatial = [], [], []
+    for site in sites:
+        rule, layer = chosen_rules[site.path], _Geometry.of(found[site.path], site)
+        ranks = layer.spatial_ranks(rule, macs**split)
+        one, two = (layer.macs(rule, (*ranks, r)) for r in (1, 2))
+        values = spectra(moments[site.path], layer.spec.groups)[: layer.most(ranks)]
+        total, fixed = total + layer.before, fixed + 2 * one - two
+        costs.append((two - one) * len(values))
+        energies.append(values)
+        spatial.append(ranks)
+    chosen = pca_energy_ranks(energies, costs, macs * total - fixed)
+    ranked: dict[str, Rule | None] = {}
+    for site, ranks, rank in zip(sites, spatial, chosen):
+        value = (*ranks, rank) if ranks else rank
+        ranked[site.path] = dataclasses.replace(chosen_rules[site.path], rank=value, always=False)
+    return plan(model, ranked, example)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Geometry:
+    """What the cost of a layer's chain depends on; a dense layer counts as 1x1 on one position."""
+
+    shape: tuple[int, ...]
+    spec: ConvSpec
+    size: tuple[int, int]
+
+    @classmethod
+    def of(cls, layer: Any, site: Site) -> _Geometry:
+        if isinstance(layer, nnx.Linear):
+            return cls((1, 1, *layer.kernel.shape), ConvSpec(padding="VALID"), (1, 1))
+        return cls(layer.kernel.shape, spec_of(layer, site.path), site.size)
+
+    @property
+    def before(self) -> int:
+        return conv_cost(self.shape, self.spec, self.size)[1]
+
+    def macs(self, rule: Rule, ranks: Ranks) -> int:
+        return stages_cost(rule.stages(self.shape, ranks, self.spec), self.size)[1]
+
+    def spatial_ranks(self, rule: Rule, share: float) -> Ranks:
+        if isinstance(rule, Basis):
+            return ()
+        kernel = np.zeros(self.shape, np.float32)
+        return choose_ranks(Spatial(MacsRatio(share)), kernel, self.spec, self.size)
+
+    def most(self, ranks: Ranks) -> int:
+        """The largest channel rank that a chain can have behind the spatial ranks."""
+        kh, kw, i, o = self.shape
+        inner = kw * ranks[0] if ranks else kh * kw * i
+        return min(inner, o // self.spec.groups)
