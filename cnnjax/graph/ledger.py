@@ -61,6 +61,10 @@ class Applied:
     info: Any = None
 
 
+# frames that are nobody's model: layers, ourselves, wrappers that check types
+_LIBRARY = ("/flax/", "/cnnjax/ops", "/cnnjax/graph/", "/jaxtyping/", "beartype")
+
+
 def _short(path: str) -> str:
     parts = path.replace("\\", "/").split("/")
     return "/".join(parts[-3:])
@@ -81,7 +85,7 @@ def locate(info: Any) -> Source | None:
         found = Source(_short(name), frame.start_line, frame.function_name.split(".")[-1])
         if first is None:
             first = found
-        if "/flax/" not in name and "/cnnjax/ops" not in name and "/cnnjax/graph/" not in name:
+        if not any(part in name for part in _LIBRARY):
             return found
     return first
 

@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+import types
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from cnnjax.errors import did_you_mean
+from cnnjax.graph import direct
 from cnnjax.graph.ledger import Ledger
 from cnnjax.graph.network import Graph
 from cnnjax.graph.solve import solve
 from cnnjax.graph.types import GraphError
-from cnnjax.graph.values import Value, opaque
+from cnnjax.graph.values import opaque
 from cnnjax.graph.walk import constant_of, walk
 from cnnjax.tree import path_string
 
 PyTree = Any
 MODES = ("flexible", "tied", "whole")
+DIRECT = True  # whether models are run on labels where possible; False reads every jaxpr
 
 
 def abstract(tree: PyTree) -> PyTree:
@@ -40,12 +46,55 @@ def evaluation_mode(model: nnx.Module) -> nnx.Module:
 
 def functional(model: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
     """``(fn, variables)`` of an NNX module in evaluation mode: ``fn(variables, *inputs)``."""
-    graphdef, state = nnx.split(evaluation_mode(model))
+    graphdef, state = nnx.split(model)
 
     def fn(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
-        return nnx.merge(graphdef, variables, copy=True)(*inputs, **kwargs)
+        module = nnx.merge(graphdef, variables, copy=True)
+        _evaluate(module)
+        return module(*inputs, **kwargs)
 
     return fn, state
+
+
+_EVALUATION = {"deterministic": True, "use_running_average": True}
+_PLAIN = (bool, int, float, str, bytes, type(None), types.FunctionType, type, np.ndarray, jax.Array)
+
+
+def _evaluate(model: nnx.Module) -> None:
+    """`evaluation_mode` of a module that is the caller's own, in place: what `nnx.view` would set.
+
+    A view copies the whole module first and looks at every signature, which takes longer than a
+    pass through the network.
+    """
+    seen: set[int] = set()
+    todo: list[Any] = [model]
+    while todo:
+        node = todo.pop()
+        if isinstance(node, (*_PLAIN, nnx.Variable)) or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, nnx.Pytree):
+            if (names := _view_arguments(type(node))) is not None:
+                node.set_view(**{k: v for k, v in _EVALUATION.items() if not names or k in names})
+            todo.extend(v for k, v in vars(node).items() if not k.startswith("_pytree__"))
+        elif isinstance(node, list | tuple):
+            todo.extend(node)
+        elif isinstance(node, dict):
+            todo.extend(node.values())
+        elif (one := jax.tree_util.default_registry.flatten_one_level(node)) is not None:
+            todo.extend(one[0])
+
+
+@functools.cache
+def _view_arguments(cls: type) -> frozenset[str] | None:
+    """The arguments of ``set_view``; empty: any; None: there's no such method."""
+    method = getattr(cls, "set_view", None)
+    if method is None:
+        return None
+    found = inspect.signature(method).parameters.values()
+    if any(p.kind is p.VAR_KEYWORD for p in found):
+        return frozenset()
+    return frozenset(p.name for p in found) | {"self"}
 
 
 def trace(
@@ -135,10 +184,35 @@ def analyse(
     ``original``: the graph of the network that this one was shrunk from: grouped kernels are read
     as such even where one group is left, and dims of length 1 as what they were.
     """
-    closed, paths, leaves = program(fn, variables, inputs)
+    if not inputs:
+        raise TypeError("give at least one example input")
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract(variables))
+    paths = [path_string(k) for k, _ in leaves]
+    if len(set(paths)) != len(paths):
+        raise GraphError("two variables have the same path")
     if parameters is None:
         parameters = [not p.startswith("batch_stats/") for p in paths]
-    ledger = Ledger(frozenset(p for p, yes in zip(paths, parameters) if yes))
+    trainable = frozenset(p for p, yes in zip(paths, parameters) if yes)
+    shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves)}
+    dtypes = {path: leaf.dtype for path, (_, leaf) in zip(paths, leaves)}
+    named = [(path, leaf) for path, (_, leaf) in zip(paths, leaves)]
+    ledger = _ledger(trainable, original)
+    outs = direct.run(ledger, fn, treedef, named, abstract(inputs)) if DIRECT else None
+    if outs is None:
+        closed, _, _ = program(fn, variables, inputs)
+        ledger = _ledger(trainable, original)
+        args = [ledger.variable(path, shapes[path]) for path in paths]
+        for aval in closed.in_avals[len(paths) :]:
+            args.append(opaque(aval.shape, "the model's input", act=True))
+        outs = walk(ledger, closed.jaxpr, [constant_of(c) for c in closed.consts], args)
+    ledger.info = None
+    for out in outs:
+        ledger.fix_all(out, "the model's output")
+    return ledger, shapes, dtypes
+
+
+def _ledger(trainable: frozenset[str], original: Graph | None) -> Ledger:
+    ledger = Ledger(trainable)
     if original is not None:
         tables = frozenset(path for path, _ in original.tables)
         ledger.always_grouped = tables
@@ -148,19 +222,7 @@ def analyse(
             if layer.groups > 1 and layer.kernel is not None and layer.kernel not in tables
         )
         ledger.hints = list(original.notes)
-    args: list[Value] = []
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, Any] = {}
-    for path, (_, leaf) in zip(paths, leaves):
-        shapes[path], dtypes[path] = tuple(leaf.shape), leaf.dtype
-        args.append(ledger.variable(path, tuple(leaf.shape)))
-    for aval in closed.in_avals[len(paths) :]:
-        args.append(opaque(aval.shape, "the model's input", act=True))
-    outs = walk(ledger, closed.jaxpr, [constant_of(c) for c in closed.consts], args)
-    ledger.info = None
-    for out in outs:
-        ledger.fix_all(out, "the model's output")
-    return ledger, shapes, dtypes
+    return ledger
 
 
 def _module_ties(model: nnx.Module) -> tuple[tuple[str, str, int, str], ...]:
@@ -187,6 +249,18 @@ def _trace(
 ) -> Graph:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}.{did_you_mean(mode, MODES)}")
+    with direct.no_collection():
+        return _graph(fn, variables, inputs, mode, parameters, ties)
+
+
+def _graph(
+    fn: Callable[..., Any],
+    variables: PyTree,
+    inputs: tuple[Any, ...],
+    mode: str,
+    parameters: list[bool] | None,
+    ties: tuple[tuple[str, str, int, str], ...],
+) -> Graph:
     ledger, shapes, dtypes = analyse(fn, variables, inputs, parameters)
     for one, other, axis, reason in ties:
         if (one, axis) in ledger.starts and (other, axis) in ledger.starts:

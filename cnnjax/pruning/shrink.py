@@ -18,6 +18,7 @@ from flax import nnx
 
 from cnnjax import surgery
 from cnnjax.graph import Graph, label_check
+from cnnjax.graph.direct import no_collection
 from cnnjax.pruning.keep import Keep, check_keep
 from cnnjax.pruning.proof import program_of, prove_equal
 from cnnjax.tree import flatten, map_with_path
@@ -207,10 +208,11 @@ def shrink(
       ProofError: if the numbers differ.
     """
     alive = _alive(keep)
-    taken = surgery.parts(model)
-    how = cut(taken, graph, alive)
-    old = taken.leaves
-    small = surgery.fill(how.blank, {p: how(p, leaf) for p, leaf in old.items()})
+    with no_collection():
+        taken = surgery.parts(model)
+        how = cut(taken, graph, alive)
+        old = taken.leaves
+        small = surgery.fill(how.blank, {p: how(p, leaf) for p, leaf in old.items()})
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in old.values())
     statistic = next((g for g in graph.groups if g.statistic and not alive[g.atoms].all()), None)
     if check and abstract:
