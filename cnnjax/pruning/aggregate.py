@@ -67,7 +67,8 @@ def score_atoms(
     if not atoms:
         raise ValueError(
             "no score belongs to a group that can be pruned; scores need the paths of the "
-            f"variables, e.g. {next(iter(graph.shapes), '')!r}"
+            f"variables, e.g. {next(iter(graph.shapes), '')!r}, and a score for every weight where "
+            "channels are not the last axis"
         )
     return _combine(np.concatenate(atoms), np.concatenate(total), graph.num_atoms, reduce)
 
