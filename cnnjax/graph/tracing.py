@@ -66,6 +66,14 @@ def _evaluate(model: nnx.Module) -> None:
     A view copies the whole module first and looks at every signature, which takes longer than a
     pass through the network.
     """
+    for node in _nodes(model):
+        if (names := _view_arguments(type(node))) is not None:
+            node.set_view(**{k: v for k, v in _EVALUATION.items() if not names or k in names})
+
+
+def _nodes(model: nnx.Module) -> list[Any]:
+    """The module and everything in it that is a node of NNX's, each once."""
+    found: list[Any] = []
     seen: set[int] = set()
     todo: list[Any] = [model]
     while todo:
@@ -74,8 +82,7 @@ def _evaluate(model: nnx.Module) -> None:
             continue
         seen.add(id(node))
         if isinstance(node, nnx.Pytree):
-            if (names := _view_arguments(type(node))) is not None:
-                node.set_view(**{k: v for k, v in _EVALUATION.items() if not names or k in names})
+            found.append(node)
             todo.extend(v for k, v in vars(node).items() if not k.startswith("_pytree__"))
         elif isinstance(node, list | tuple):
             todo.extend(node)
@@ -83,6 +90,7 @@ def _evaluate(model: nnx.Module) -> None:
             todo.extend(node.values())
         elif (one := jax.tree_util.default_registry.flatten_one_level(node)) is not None:
             todo.extend(one[0])
+    return found
 
 
 @functools.cache
@@ -124,7 +132,8 @@ def trace(
     if isinstance(model, nnx.Module):
         if params is not None:
             raise TypeError("params is for functions; an NNX module carries its own variables")
-        fn, state = functional(model)
+        with direct.no_collection():
+            fn, state = functional(model)
         kinds = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
         flags = [isinstance(v, nnx.Param) for v in kinds]
         return _trace(fn, state, example_inputs, mode, flags, _module_ties(model))
@@ -231,6 +240,8 @@ def _module_ties(model: nnx.Module) -> tuple[tuple[str, str, int, str], ...]:
     ``MultiHeadAttention`` refuses values with another head size than the queries.
     """
     out = []
+    if not any(isinstance(node, nnx.MultiHeadAttention) for node in _nodes(model)):
+        return ()
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.MultiHeadAttention):
             at = "/".join(map(str, path))

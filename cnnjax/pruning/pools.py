@@ -106,6 +106,8 @@ def _families(c: Constraint) -> list[tuple[np.ndarray, ...]]:
 
 def _components(count: int, joined: Sequence[np.ndarray]) -> np.ndarray:
     """Labels of things 0..count-1 of which each array joins some."""
+    if not joined:
+        return np.arange(count)
     a = [int(x) for items in joined for x in [items[0]] * (len(items) - 1)]
     b = [int(x) for items in joined for x in items[1:]]
     matrix = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(count, count))
