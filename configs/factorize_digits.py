@@ -10,6 +10,10 @@ What `scripts/update_results.py` found in ``configs/results/factorize_digits.jso
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 1.60 (1.41-1.69) %, 85.06k non-zeros, 1.00x
+# factorized: error 1.78 (1.69-1.97) %, 45.78k non-zeros, 1.00x
+# finetuned: error 1.13 (0.85-1.41) %, 45.79k non-zeros, 1.00x
 # [/measured]
 
 from __future__ import annotations

@@ -1,5 +1,7 @@
 """Tensor factorization of convolution and dense kernels: pure array functions and chains."""
 
+from cnnjax.factorization.asymmetric import Asymmetric3D, pca_plan
+from cnnjax.factorization.budget import Menus, Option, allocate, menus, sensitivity, total_gain
 from cnnjax.factorization.chain import (
     Chain,
     ConvSpec,
@@ -19,6 +21,8 @@ from cnnjax.factorization.chain import (
 )
 from cnnjax.factorization.choose import choose_ranks
 from cnnjax.factorization.circulant import circulant_learn, circulant_reconfigure
+from cnnjax.factorization.compose import compose_chain, data_reconstruct
+from cnnjax.factorization.constrained import constrain_low_rank
 from cnnjax.factorization.cp import CPInfo, best_of, compose_cp, cp_als, cp_tpm
 from cnnjax.factorization.cp_nls import cp_nls
 from cnnjax.factorization.denil import (
@@ -33,6 +37,8 @@ from cnnjax.factorization.denton import (
     monochromatic_conv,
     unbicluster,
 )
+from cnnjax.factorization.latency import Measured, keep_faster, time_pair
+from cnnjax.factorization.layerwise import factorize_layerwise
 from cnnjax.factorization.matrix import (
     dual_filter_basis,
     energy_rank,
@@ -43,7 +49,13 @@ from cnnjax.factorization.matrix import (
 )
 from cnnjax.factorization.named import make_rule, parse_rank, rule_names
 from cnnjax.factorization.network import LayerPlan, Plan, factorize, plan, report
-from cnnjax.factorization.ranks import allocate_ranks, break_even_rank, pca_energy_ranks
+from cnnjax.factorization.ranks import (
+    allocate_ranks,
+    break_even_rank,
+    greedy_allocation,
+    pca_energy_ranks,
+)
+from cnnjax.factorization.reconstruct import LayerFit, Reconstruction, reconstruct
 from cnnjax.factorization.response import (
     LowRankMap,
     nonlinear_response_low_rank,
@@ -61,6 +73,8 @@ from cnnjax.factorization.rules import (
     Spatial,
     Tucker2,
 )
+from cnnjax.factorization.sensitivity import LayerEffect, layer_effects
+from cnnjax.factorization.sites import Site, find_sites, response_moments
 from cnnjax.factorization.spatial import (
     compose_scheme1,
     compose_spatial,
@@ -91,22 +105,31 @@ from cnnjax.factorization.vbmf import VBMFRank, evbmf_rank, tucker2_ranks
 __all__ = [
     "CP",
     "EVBMF",
+    "Asymmetric3D",
     "Basis",
     "CPInfo",
     "Chain",
     "ConvSpec",
     "Energy",
+    "LayerEffect",
+    "LayerFit",
     "LayerPlan",
     "LowRankMap",
     "MacsRatio",
+    "Measured",
+    "Menus",
+    "Option",
     "Plan",
     "PredictedLinear",
+    "Reconstruction",
     "Rule",
     "Scheme1",
+    "Site",
     "Spatial",
     "Tucker2",
     "Tucker2Factors",
     "VBMFRank",
+    "allocate",
     "allocate_ranks",
     "balanced_kmeans",
     "basis_chain",
@@ -117,6 +140,7 @@ __all__ = [
     "choose_ranks",
     "circulant_learn",
     "circulant_reconfigure",
+    "compose_chain",
     "compose_cp",
     "compose_scheme1",
     "compose_spatial",
@@ -124,6 +148,7 @@ __all__ = [
     "compose_tt_conv",
     "compose_tucker",
     "compose_tucker2",
+    "constrain_low_rank",
     "conv_cost",
     "convolve",
     "cp3_chain",
@@ -131,29 +156,40 @@ __all__ = [
     "cp_als",
     "cp_nls",
     "cp_tpm",
+    "data_reconstruct",
     "dct_matrix",
     "dual_basis_chain",
     "dual_filter_basis",
     "energy_rank",
     "evbmf_rank",
     "factorize",
+    "factorize_layerwise",
     "filter_basis",
+    "find_sites",
+    "greedy_allocation",
     "haar_matrix",
     "jaderberg_scheme1",
     "join_groups",
+    "keep_faster",
+    "layer_effects",
     "learn_separable_filters",
     "make_rule",
+    "menus",
     "monochromatic_conv",
     "nonlinear_response_low_rank",
     "parse_rank",
     "pca_energy_ranks",
+    "pca_plan",
     "plan",
     "prediction_dictionary",
+    "reconstruct",
     "report",
     "response_factors",
     "response_low_rank",
+    "response_moments",
     "rule_names",
     "scheme1_chain",
+    "sensitivity",
     "separable_transform_chain",
     "smoothness_gate",
     "spatial_chain",
@@ -164,6 +200,8 @@ __all__ = [
     "svd_dense",
     "tail_norm",
     "tensor_train",
+    "time_pair",
+    "total_gain",
     "tt_conv_cores",
     "tucker2",
     "tucker2_chain",

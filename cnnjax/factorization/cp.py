@@ -61,6 +61,19 @@ def mttkrp(tensor: Array, factors: Sequence[Array], mode: int) -> Float[Array, "
     return einsum(expression, tensor, *(factors[m] for m in others), optimize="optimal")
 
 
+def _fold(part: Array, factors: Sequence[Array], skip: int) -> Float[Array, "n r"]:
+    """Multiplies the factors into (n_0, ..., n_k, r) and sums over all modes but ``skip``.
+
+    Elementwise products, largest mode first: as einsum they'd be r tiny matrix products.
+    """
+    axes = sorted((m for m in range(len(factors)) if m != skip), key=lambda m: -part.shape[m])
+    for axis in axes:
+        shape = [1] * part.ndim
+        shape[axis], shape[-1] = factors[axis].shape
+        part = jnp.sum(part * factors[axis].reshape(shape), axis=axis, keepdims=True)
+    return part.reshape(part.shape[skip], part.shape[-1])
+
+
 def gram_product(grams: Sequence[Array], skip: Sequence[int]) -> Array:
     """Hadamard product of the factors' Gram matrices, without the modes in ``skip``."""
     out = jnp.ones_like(grams[0])
@@ -145,24 +158,40 @@ def cp_als(
     eps = float(jnp.finfo(tensor.dtype).eps)
     floor = max(ridge, 10 * eps)
     cancelled = eps**0.5
+    # two large products a sweep serve all modes: the tensor times the last factor for every mode
+    # but the last, and times the last but one for the last; their unfoldings are laid out once
+    by_last = tensor.reshape(-1, tensor.shape[last])
+    swapped = jnp.swapaxes(tensor, last - 1, last)
+    by_other = swapped.reshape(-1, tensor.shape[last - 1])
 
     def sweep(carry):
         factors, error, _, count = carry
         factors = list(factors)
         product = jnp.zeros_like(factors[last])
+        grams = [matmul(f.T, f) for f in factors]
+        part = matmul(by_last, factors[last]).reshape(*tensor.shape[:last], rank)
         for mode in range(tensor.ndim):
-            grams = [matmul(f.T, f) for f in factors]
             gamma = gram_product(grams, (mode,))
             mu = floor * jnp.trace(gamma) / rank + jnp.finfo(tensor.dtype).tiny
-            product = mttkrp(tensor, factors, mode)
+            if mode == last:
+                part = matmul(by_other, factors[last - 1])
+                part = part.reshape(*swapped.shape[:last], rank)
+                # the last mode stands where the last but one was summed over
+                product = _fold(part, [*factors[: last - 1], factors[last]], last - 1)
+            else:
+                product = _fold(part, factors[:last], mode)
             solve = jax.scipy.linalg.cho_factor(gamma + mu * identity)
             factors[mode] = jax.scipy.linalg.cho_solve(solve, (product + mu * factors[mode]).T).T
             if mode != last:
                 norms = jnp.linalg.norm(factors[mode], axis=0)
                 factors[mode] = factors[mode] / jnp.where(norms > 0, norms, 1.0)
-                factors[last] = factors[last] * jnp.where(norms > 0, norms, 1.0)
+                scale = jnp.where(norms > 0, norms, 1.0)
+                factors[last] = factors[last] * scale
+                part = part * scale
+                grams[last] = matmul(factors[last].T, factors[last])
+            grams[mode] = matmul(factors[mode].T, factors[mode])
         # the error from the last update's pieces: no rebuilding of the tensor ...
-        gamma = functools.reduce(jnp.multiply, [matmul(f.T, f) for f in factors])
+        gamma = functools.reduce(jnp.multiply, grams)
         residual = squared - 2 * jnp.sum(product * factors[last]) + gamma.sum()
         # ... unless it is so small that the difference above is all rounding
         residual = jax.lax.cond(

@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from cnnjax import surgery
+from cnnjax.factorization.budget import allocate, menus
 from cnnjax.factorization.chain import ConvSpec, conv_cost, stages_cost
 from cnnjax.factorization.choose import choose_ranks
 from cnnjax.factorization.matrix import check_finite
@@ -42,9 +43,15 @@ def plan(
     rules: Mapping[str, Rule | None] | Rule,
     example: Any = None,
     *,
+    macs: float | int | None = None,
+    params: float | int | None = None,
+    allocation: str = "optimal",
     key: Any = None,
 ) -> Plan:
     """Decides ranks; looks at weights, changes nothing.
+
+    Each rule chooses the ranks of its layers, or, with a budget, all layers share ``macs`` or
+    ``params`` of the whole network; the rules' own ranks play no part then.
 
     Args:
       model: any NNX network.
@@ -52,14 +59,22 @@ def plan(
         every layer.
       example: input (array, ``ShapeDtypeStruct`` or tuple of them) from which MACs are known; None
         judges by parameters.
-      key: unused by the rules of today; accepted so that plan and `factorize` take the same.
+      macs: budget of the whole network's MACs: a float is a share of today's, an int a count.
+      params: the same for parameters.
+      allocation: under a budget, ``"optimal"`` or ``"greedy"``; see `allocate`.
+      key: for fits that measure what a rank keeps (CP, under a budget).
 
     Raises:
       ValueError: for a glob that matches no layer, a rank out of range (names the maximum), a
         non-finite kernel, a geometry that has no exact chain.
     """
-    del key
     rules = {"**": rules} if isinstance(rules, Rule) else dict(rules)
+    if macs is not None or params is not None:
+        if example is None:
+            raise ValueError("a budget needs example= (the input sizes of the layers)")
+        return allocate(
+            menus(model, rules, example, key=key), macs=macs, params=params, how=allocation
+        )
     sizes = input_sizes(model, example) if example is not None else {}
     out = []
     for path, layer, rule in matched_layers(model, rules):

@@ -9,6 +9,7 @@ at most this share of the layer's MACs); `EVBMF` or ``"evbmf"``. A rule maps a g
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -108,6 +109,27 @@ class Rule:
           spec: geometry.
         """
         raise NotImplementedError
+
+    def retained(self, key: Array, blocks: Any, ranks: Ranks) -> float:
+        """Share of the energy that a fit keeps, measured; for rules that are not ``spectral``.
+
+        Args:
+          key: for random starts.
+          blocks: (g, kh, kw, i, o), the kernel of every group.
+          ranks: of the fit.
+        """
+        raise NotImplementedError
+
+    def break_even(self, shape: tuple[int, ...]) -> int:
+        """Largest common rank with fewer weights than a group's kernel of ``shape`` (0: none)."""
+        full, size = self.full(shape), math.prod(shape)
+        low, high = 0, max(full)
+        while low < high:
+            middle = (low + high + 1) // 2
+            ranks = tuple(min(middle, f) for f in full)
+            weights = sum(math.prod(s) for s, _ in self.stages(shape, ranks, ConvSpec()))
+            low, high = (middle, high) if weights < size else (low, middle - 1)
+        return low
 
 
 def _per_group(fn: Callable[..., tuple[Array, ...]], kernel: Array, groups: int) -> Any:
@@ -227,6 +249,8 @@ class CP(Rule):
     restarts: int = 2
     iterations: int = 100
 
+    spectral: ClassVar[bool] = False
+
     @property
     def merged(self) -> bool:
         """Whether the spatial modes are one."""
@@ -279,6 +303,14 @@ class CP(Rule):
         kernels, specs = zip(*stages)
         return Chain(tuple(kernels), tuple(specs), bias)
 
+    def retained(self, key: Array, blocks: Any, ranks: Ranks) -> float:
+        """See `Rule.retained`; a short fit, the same for all groups."""
+        g, kh, kw, i, o = blocks.shape
+        tensors = blocks.reshape(g, kh * kw, i, o) if self.merged else blocks
+        errors = _cp_errors(key, tensors, ranks[0])
+        squares = (np.asarray(blocks, np.float64) ** 2).reshape(g, -1).sum(1)
+        return 1 - float((np.asarray(errors) ** 2 * squares).sum() / max(squares.sum(), 1e-30))
+
     def _fit(self, key: Array, tensor: Array, rank: int) -> list[Array]:
         if self.solver == "tpm":
             return balance(cp_tpm(key, tensor, rank)[0])
@@ -287,6 +319,14 @@ class CP(Rule):
             raise ValueError(f"solver is {self.solver!r}; expected 'als', 'nls' or 'tpm'")
         run = jax.vmap(lambda k: solvers[self.solver](k, tensor, rank, self.iterations))
         return best_of(run(jax.random.split(key, self.restarts)))[0]
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _cp_errors(key: Array, tensors: Any, rank: int) -> Array:
+    """Relative error of a short CP fit of each tensor."""
+    keys = jax.random.split(key, tensors.shape[0])
+    fit = jax.vmap(lambda k, t: cp_als(k, t, rank, sweeps=25)[1].relative_error)
+    return fit(keys, tensors)
 
 
 def _als(key: Array, tensor: Array, rank: int, iterations: int):
@@ -311,6 +351,14 @@ class Scheme1(Rule):
 
     restarts: int = 4
     sweeps: int = 200
+    spectral: ClassVar[bool] = False
+
+    def retained(self, key: Array, blocks: Any, ranks: Ranks) -> float:
+        """See `Rule.retained`; the CP error of every input channel's (kh, kw, o)."""
+        channels = np.moveaxis(np.asarray(blocks[0]), 2, 0)
+        squares = (channels.astype(np.float64) ** 2).reshape(len(channels), -1).sum(1)
+        errors = np.asarray(_cp_errors(key, channels, ranks[0]), np.float64)
+        return 1 - float((errors**2 * squares).sum() / max(squares.sum(), 1e-30))
 
     def matrices(self, kernel: np.ndarray) -> list[np.ndarray]:
         """(kh*kw, i*o)."""

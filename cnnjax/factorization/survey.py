@@ -27,6 +27,7 @@ class LayerPlan:
       params: (before, after).
       macs: (before, after) for one image; None without an example.
       kept: why the layer stays as it is, or None.
+      seconds: measured (before, after), see `cnnjax.factorization.keep_faster`.
     """
 
     path: str
@@ -35,6 +36,7 @@ class LayerPlan:
     params: tuple[int, int]
     macs: tuple[int, int] | None
     kept: str | None = None
+    seconds: tuple[float, float] | None = None
 
     def __str__(self) -> str:
         if self.kept:
@@ -142,6 +144,7 @@ def report(decided: Plan | Sequence[LayerPlan]) -> list[dict[str, Any]]:
             "params": list(p.params),
             "macs": None if p.macs is None else list(p.macs),
             "kept": p.kept,
+            **({} if p.seconds is None else {"seconds": list(p.seconds)}),
         }
         for p in layers
     ]

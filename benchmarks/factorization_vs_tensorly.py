@@ -1,0 +1,253 @@
+"""CP and Tucker-2 beside TensorLy: equal starts, equal sweeps, equal fit; time of each.
+
+    python benchmarks/factorization_vs_tensorly.py [--out FILE] [--cases big cifar resnet50 vgg16]
+
+Cases:
+  big       one 256x256x3x3 kernel, CP rank 64 and Tucker-2 at half of both channel modes;
+  cifar     the 3x3 kernels of a trained CIFAR-10 ResNet (``--weights FILE.npz``, names and layouts
+            of PyTorch);
+  resnet50, vgg16   every 3x3 convolution shape of the network, random with power-law spectra (each
+            shape is timed once and counted as often as it occurs).
+
+CP: alternating least squares for a fixed number of sweeps from the same random factors; TensorLy's
+``parafac`` without tolerance. Tucker-2: higher-order orthogonal iteration from the truncated HOSVD
+(both make it themselves), TensorLy's ``partial_tucker``. Peer backends: numpy and jax. Times are
+the best of a few runs in one process; ours without compilation, which is shown apart. The relative
+errors of both sides are computed by NumPy in double precision from the factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from cnnjax import factorization as f
+
+# (kh, kw, i, o): how many layers have it
+RESNET50 = {(3, 3, 64, 64): 3, (3, 3, 128, 128): 4, (3, 3, 256, 256): 6, (3, 3, 512, 512): 3}
+VGG16 = {
+    (3, 3, 64, 64): 1,
+    (3, 3, 64, 128): 1,
+    (3, 3, 128, 128): 1,
+    (3, 3, 128, 256): 1,
+    (3, 3, 256, 256): 2,
+    (3, 3, 256, 512): 1,
+    (3, 3, 512, 512): 5,
+}
+
+
+def power_law(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    """A kernel whose channel unfoldings have singular values falling like 1 / n."""
+    rng = np.random.default_rng(seed)
+    kernel = rng.standard_normal(shape)
+    for axis in (2, 3):
+        n = shape[axis]
+        q, _ = np.linalg.qr(rng.standard_normal((n, n)))
+        mixing = (q * np.arange(1, n + 1) ** -1.0) @ q.T
+        kernel = np.moveaxis(np.tensordot(kernel, mixing, axes=([axis], [0])), -1, axis)
+    return (kernel / np.linalg.norm(kernel)).astype(np.float32)
+
+
+def best(run: Callable[[], Any], runs: int) -> tuple[float, Any]:
+    """Fewest seconds of some runs, and the last result."""
+    seconds, out = np.inf, None
+    for _ in range(runs):
+        start = time.perf_counter()
+        out = jax.block_until_ready(run())
+        seconds = min(seconds, time.perf_counter() - start)
+    return seconds, out
+
+
+def error(kernel: np.ndarray, again: np.ndarray) -> float:
+    """Relative Frobenius error in double precision."""
+    k = kernel.astype(np.float64)
+    return float(np.linalg.norm(k - again) / np.linalg.norm(k))
+
+
+def of_cp(factors: Any) -> np.ndarray:
+    """The tensor of CP factors."""
+    a, b, c, d = (np.asarray(x, np.float64) for x in factors)
+    spatial = np.einsum("ar,br->abr", a, b).reshape(len(a) * len(b), -1)
+    channels = np.einsum("ir,or->rio", c, d).reshape(a.shape[1], -1)
+    return (spatial @ channels).reshape(len(a), len(b), len(c), len(d))
+
+
+def of_tucker(core: Any, first: Any, last: Any) -> np.ndarray:
+    """The kernel of Tucker-2 factors."""
+    core, first, last = (np.asarray(x, np.float64) for x in (core, first, last))
+    return np.einsum("abpq,ip,oq->abio", core, first, last, optimize=True)
+
+
+def cp_case(kernel: np.ndarray, rank: int, sweeps: int, runs: int, backends: list[str]) -> dict:
+    """Ours and TensorLy's CP from the same factors."""
+    import tensorly as tl
+    from tensorly.decomposition import parafac
+
+    rng = np.random.default_rng(1)
+    start = [rng.standard_normal((n, rank)).astype(np.float32) for n in kernel.shape]
+    ours_start = [jnp.asarray(x) for x in start]
+    tensor, key = jnp.asarray(kernel), jax.random.key(0)
+
+    def run() -> Any:
+        return f.cp_als(key, tensor, rank, sweeps=sweeps, tolerance=-1.0, start=ours_start)[0]
+
+    first = time.perf_counter()
+    jax.block_until_ready(run())
+    compile_seconds = time.perf_counter() - first
+    seconds, factors = best(run, runs)
+    row: dict[str, Any] = {
+        "rank": rank,
+        "sweeps": sweeps,
+        "seconds": seconds,
+        "compile_seconds": compile_seconds - seconds,
+        "error": error(kernel, of_cp(factors)),
+    }
+    for backend in backends:
+        tl.set_backend(backend)
+
+        def peer() -> Any:
+            init = (None, [tl.tensor(x.copy()) for x in start])
+            return parafac(tl.tensor(kernel), rank, n_iter_max=sweeps, init=init, tol=0).factors
+
+        times, found = best(peer, max(2, runs // 2))
+        row[backend] = {"seconds": times, "error": error(kernel, of_cp(found))}
+        row[backend]["ratio"] = times / seconds
+    return row
+
+
+def tucker_case(
+    kernel: np.ndarray, ranks: tuple[int, int], sweeps: int, runs: int, backends: list[str]
+) -> dict:
+    """Ours and TensorLy's Tucker-2."""
+    import tensorly as tl
+    from tensorly.decomposition import partial_tucker
+
+    tensor = jnp.asarray(kernel)
+
+    def run() -> Any:
+        return f.tucker2(tensor, *ranks, sweeps=sweeps)
+
+    first = time.perf_counter()
+    jax.block_until_ready(run())
+    compile_seconds = time.perf_counter() - first
+    seconds, t = best(run, runs)
+    row: dict[str, Any] = {
+        "ranks": list(ranks),
+        "sweeps": sweeps,
+        "seconds": seconds,
+        "compile_seconds": compile_seconds - seconds,
+        "error": error(kernel, of_tucker(t.core, t.first, t.last)),
+    }
+    for backend in backends:
+        tl.set_backend(backend)
+
+        def peer() -> Any:
+            out = partial_tucker(
+                tl.tensor(kernel), rank=list(ranks), modes=[2, 3], n_iter_max=sweeps, tol=0
+            )
+            core, factors = out[0]
+            return core, *factors
+
+        times, found = best(peer, max(2, runs // 2))
+        row[backend] = {"seconds": times, "error": error(kernel, of_tucker(*found))}
+        row[backend]["ratio"] = times / seconds
+    return row
+
+
+def kernels_of(case: str, weights: str | None) -> list[tuple[str, np.ndarray, int]]:
+    """(name, kernel, count) of a case."""
+    if case == "big":
+        return [("256x256x3x3", power_law((3, 3, 256, 256)), 1)]
+    if case in ("resnet50", "vgg16"):
+        shapes = RESNET50 if case == "resnet50" else VGG16
+        return [("x".join(map(str, s)), power_law(s), n) for s, n in shapes.items()]
+    if weights is None:
+        raise ValueError("case 'cifar' needs --weights FILE.npz")
+    with np.load(weights) as file:
+        found = {k: file[k] for k in file.files if file[k].ndim == 4 and file[k].shape[2] == 3}
+    names = list(found)
+    picked = [names[len(names) // 3], names[-1]]
+    return [(n, np.ascontiguousarray(found[n].transpose(2, 3, 1, 0)), 1) for n in picked]
+
+
+def measure(case: str, flags: argparse.Namespace) -> dict[str, Any]:
+    """All kernels of a case, and their sums."""
+    rows = []
+    for name, kernel, count in kernels_of(case, flags.weights):
+        _, _, i, o = kernel.shape
+        rank = flags.rank or max(8, min(i, o) // 4)
+        row = {"kernel": name, "count": count}
+        row["cp"] = cp_case(kernel, rank, flags.sweeps, flags.runs, flags.backends)
+        half = (max(1, i // 2), max(1, o // 2))
+        row["tucker2"] = tucker_case(kernel, half, flags.tucker_sweeps, flags.runs, flags.backends)
+        rows.append(row)
+        for method in ("cp", "tucker2"):
+            r = row[method]
+            peers = ", ".join(
+                f"{b} {r[b]['ratio']:.1f}x (error {r[b]['error']:.6f})" for b in flags.backends
+            )
+            print(
+                f"{case} {name} {method}: {1e3 * r['seconds']:.1f} ms (compiled in "
+                f"{r['compile_seconds']:.2f} s), error {r['error']:.6f}; TensorLy {peers}",
+                flush=True,
+            )
+    totals = {}
+    for method in ("cp", "tucker2"):
+        ours = sum(r[method]["seconds"] * r["count"] for r in rows)
+        totals[method] = {
+            "seconds": ours,
+            "compile_seconds": sum(r[method]["compile_seconds"] for r in rows),
+            "ratio": {
+                b: sum(r[method][b]["seconds"] * r["count"] for r in rows) / ours
+                for b in flags.backends
+            },
+            "largest_error_above_peer": max(
+                r[method]["error"] - r[method][b]["error"] for r in rows for b in flags.backends
+            ),
+        }
+    return {"layers": rows, "total": totals}
+
+
+def main() -> int:
+    """Runs the cases and writes the figures after each."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default="benchmarks/results/factorization_vs_tensorly.json")
+    parser.add_argument("--cases", nargs="+", default=["big", "resnet50", "vgg16"])
+    parser.add_argument("--weights", help="trained CIFAR-10 ResNet for the case 'cifar'")
+    parser.add_argument("--backends", nargs="+", default=["numpy", "jax"])
+    parser.add_argument("--rank", type=int, default=0, help="of CP; default: channels / 4")
+    parser.add_argument("--sweeps", type=int, default=25)
+    parser.add_argument("--tucker_sweeps", type=int, default=10)
+    parser.add_argument("--runs", type=int, default=4)
+    flags = parser.parse_args()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile time is a figure here
+    out = pathlib.Path(flags.out)
+    known = json.loads(out.read_text()) if out.exists() else {"cases": {}}
+    known.update(
+        hardware=f"{platform.machine()} {jax.default_backend()}, {os.cpu_count()} cores",
+        jax=jax.__version__,
+        clock="wall seconds, best of several runs, one process; ours without compilation",
+    )
+    for case in flags.cases:
+        known["cases"][case] = measure(case, flags)
+        temporary = out.with_suffix(".tmp")
+        temporary.write_text(json.dumps(known, indent=1) + "\n")
+        os.replace(temporary, out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
