@@ -1,16 +1,22 @@
 """Time to read a network, choose half of its channels and cut them, beside Torch-Pruning.
 
-    python benchmarks/graph_speed.py [--out FILE] [--models resnet50 densenet121] [--rounds 3]
+    python benchmarks/graph_speed.py [--out FILE] [--models resnet50 densenet121] [--rounds 5]
 
-For each model, on weights filled with random numbers, one process and CPU time:
-  jaxpr    `jax.make_jaxpr` of the model alone: what JAX and Flax take, our floor;
-  trace    `cnnjax.graph.trace`: jaxpr, label algebra, groups;
-  select   L1 scores and `select_channels(ratio=0.5)`;
-  shrink   `shrink(check=False)`: the new module with its label check (a second trace).
+For each model, on weights filled with random numbers, each side in a fresh process of one thread:
+  trace    `cnnjax.graph.trace`: labels, groups, layers;
+  scores   the L1 norms of all kernels;
+  select   `select_channels(ratio=0.5)`;
+  shrink   `shrink(check=False)`: the new module, its arrays cut, its label check (a second run);
+  proof    what `shrink` takes longer with the numeric proof (both networks compiled and run, images
+           of 64 x 64), counted apart: the other side has nothing like it.
 Torch-Pruning 1.6.1, where it is installed (with torch and torchvision for CPU), does the same in
-the same run: dependency graph, L1 importance, 50 % of the channels, no round of fine-tuning.
-The depth series reads ResNets without scanned stages: time and memory per block stay the same.
-Written are seconds of this machine and, what carries over, ratios.
+the same run: dependency graph, L1 importance, 50 % of the channels of every group, one step.
+``cold`` is the first time in a process (imports are not counted, compilations and JAX's own caches
+are), ``warm`` the fastest of the later rounds; ``cleared`` the fastest with JAX's caches dropped
+before each. ``jaxpr`` is `jax.make_jaxpr` of the model alone, where reading equations would start.
+The depth series reads and shrinks ResNets (56, 110, 164, 1202 layers) without scanned stages, from
+abstract values: time and memory per block stay the same.
+Written are CPU seconds of this machine and, what carries over, ratios.
 """
 
 from __future__ import annotations
@@ -20,22 +26,24 @@ import json
 import os
 import pathlib
 import platform
+import subprocess
 import sys
 import time
 import tracemalloc
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
 from cnnjax import graph, models, pruning, surgery
 from cnnjax.graph import tracing
 
 IMAGE = (1, 224, 224, 3)
+PROOF = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
 
 
 def filled(name: str) -> nnx.Module:
@@ -50,55 +58,104 @@ def filled(name: str) -> nnx.Module:
     return surgery.map_leaves(models.abstract(name), leaf)
 
 
-def ours(model: nnx.Module, shape: tuple[int, ...]) -> dict[str, float]:
-    """CPU seconds of every stage, once."""
+def once(model: nnx.Module, shape: tuple[int, ...] = IMAGE) -> tuple[dict[str, float], Any]:
+    """CPU seconds of every stage, once; and the graph, the decision and the small model."""
     x = jax.ShapeDtypeStruct(shape, jnp.float32)
     clock = time.process_time
-    jax.clear_caches()
-    t0 = clock()
-    fn, state = tracing.functional(model)
-    tracing.program(fn, state, (x,))
-    t1 = clock()
-    jax.clear_caches()
-    t2 = clock()
+    t = [clock()]
     read = graph.trace(model, x)
-    t3 = clock()
+    t.append(clock())
     scores = pruning.importance.l1(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     jax.block_until_ready(scores)
+    t.append(clock())
     keep = pruning.select_channels(read, scores, ratio=0.5)
-    t4 = clock()
+    t.append(clock())
     small = pruning.shrink(model, read, keep, check=False)
     jax.block_until_ready(jax.tree.leaves(nnx.state(small)))
-    t5 = clock()
-    return {
-        "jaxpr": t1 - t0,
-        "trace": t3 - t2,
-        "select": t4 - t3,
-        "shrink": t5 - t4,
-        "total": t5 - t2,
-    }
+    t.append(clock())
+    names = ("trace", "scores", "select", "shrink")
+    spent = {name: b - a for name, a, b in zip(names, t, t[1:])}
+    return {**spent, "total": t[-1] - t[0]}, (read, keep, small)
 
 
-def theirs(name: str) -> dict[str, float] | None:
-    """The same with Torch-Pruning; None where it isn't installed."""
+def fastest(runs: list[dict[str, float]]) -> dict[str, float]:
+    """The round with the least total."""
+    return min(runs, key=lambda r: r["total"])
+
+
+def ours(name: str, rounds: int, proof: bool) -> dict[str, Any]:
+    """Our side, in this process."""
+    model = filled(name)
+    x = jax.ShapeDtypeStruct(IMAGE, jnp.float32)
+    clock = time.process_time
+    out: dict[str, Any] = {}
+    out["cold"], (read, keep, small) = once(model)
+    out["warm"] = fastest([once(model)[0] for _ in range(rounds)])
+    cleared = []
+    for _ in range(rounds):
+        jax.clear_caches()
+        cleared.append(once(model)[0])
+    out["cleared"] = fastest(cleared)
+    jaxpr = []
+    for _ in range(3):
+        jax.clear_caches()
+        t = clock()
+        tracing.program(*tracing.functional(model), (x,))
+        jaxpr.append(clock() - t)
+    out["jaxpr"] = min(jaxpr)
+    out["parameters_left"] = sum(p.size for p in jax.tree.leaves(nnx.state(small, nnx.Param)))
+    if proof:
+        t = clock()
+        pruning.shrink(model, read, keep, check=True, inputs=(PROOF,))
+        out["proof"] = clock() - t - out["warm"]["shrink"]
+    return out
+
+
+def theirs(name: str, rounds: int) -> dict[str, Any] | None:
+    """Torch-Pruning's side, in this process; None where it isn't installed."""
     try:
         import torch
         import torch_pruning as tp
         import torchvision
     except ImportError:
         return None
-    model = getattr(torchvision.models, name)()
-    x = torch.randn(1, 3, 224, 224)
-    keep = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000]
+    torch.set_num_threads(1)  # several threads take longer, in CPU time and by the clock
     clock = time.process_time
-    t0 = clock()
-    pruner = tp.pruner.MagnitudePruner(
-        model, x, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=0.5,
-        ignored_layers=keep,
-    )  # fmt: skip
-    t1 = clock()
-    pruner.step()
-    return {"graph": t1 - t0, "prune": clock() - t1, "total": clock() - t0}
+    runs = []
+    for _ in range(rounds + 1):
+        model = getattr(torchvision.models, name)().eval()
+        x = torch.randn(1, 3, 224, 224)
+        keep = [
+            m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000
+        ]
+        t0 = clock()
+        pruner = tp.pruner.MagnitudePruner(
+            model, x, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=0.5,
+            ignored_layers=keep,
+        )  # fmt: skip
+        t1 = clock()
+        pruner.step()
+        runs.append({"graph": t1 - t0, "prune": clock() - t1, "total": clock() - t0})
+        left = sum(p.numel() for p in model.parameters())
+    return {
+        "cold": runs[0],
+        "warm": fastest(runs[1:]),
+        "parameters_left": left,
+        "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
+    }
+
+
+def child(side: str, name: str, rounds: int, proof: bool) -> Any:
+    """One side in a fresh process of one thread."""
+    found = subprocess.run(
+        [sys.executable, __file__, "--side", side, "--models", name, "--rounds", str(rounds)]
+        + (["--proof"] if proof else []),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        stdout=subprocess.PIPE,
+        check=True,
+        text=True,
+    )
+    return json.loads(found.stdout.strip().splitlines()[-1])
 
 
 def variable(*shape: int, kind: Any = nnx.Param) -> Any:
@@ -141,22 +198,32 @@ class Deep(nnx.Module):
 
 
 def depth(blocks: int) -> dict[str, float]:
-    """Milliseconds and peak Python kilobytes per block."""
+    """Milliseconds and peak Python kilobytes per block, of reading and of the whole way."""
     model = Deep(blocks)
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
-    t = time.process_time()
-    read = graph.trace(model, x)
-    t = time.process_time() - t
-    assert len(read.groups) == blocks + 1
-    del read
+
+    def whole() -> tuple[float, float]:
+        t = time.process_time()
+        read = graph.trace(model, x)
+        reading = time.process_time() - t
+        assert len(read.groups) == blocks + 1
+        half = read.alive()
+        for group in read.groups:
+            half[group.atoms[::2]] = False
+        pruning.shrink(model, read, half)
+        return reading, time.process_time() - t
+
+    reading, total = whole()
     tracemalloc.start()
-    graph.trace(model, x)
+    whole()
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     return {
+        "layers": 2 * blocks + 2,
         "blocks": blocks,
-        "ms_per_block": 1000 * t / blocks,
-        "kb_per_block": peak / 1024 / blocks,
+        "trace_ms_per_block": 1000 * reading / blocks,
+        "total_ms_per_block": 1000 * total / blocks,
+        "peak_kb_per_block": peak / 1024 / blocks,
     }
 
 
@@ -164,38 +231,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=pathlib.Path)
     parser.add_argument("--models", nargs="+", default=["resnet50", "densenet121"])
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--depths", nargs="*", type=int, default=[27, 108, 300])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--depths", nargs="*", type=int, default=[27, 54, 81, 600])
+    parser.add_argument("--proof", action="store_true")
+    parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.side:
+        (name,) = args.models
+        own = args.side == "ours"
+        out = ours(name, args.rounds, args.proof) if own else theirs(name, args.rounds)
+        print(json.dumps(out))
+        return
     report: dict[str, Any] = {
         "hardware": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "jax": jax.__version__,
         "weights": "random",
         "input": list(IMAGE),
-        "clock": "CPU seconds of the process, fastest round",
+        "clock": "CPU seconds of the process, one thread a side",
+        "cold": "first time in the process, with every compilation; imports are not counted",
+        "warm": "fastest later round, JAX's caches kept",
+        "cleared": "fastest later round, JAX's caches dropped before it",
+        "proof": "the numeric proof on top of shrink, with both compilations; not in the totals",
         "rounds": args.rounds,
         "models": {},
         "depth": [],
     }
     for name in args.models:
-        model = filled(name)
-        runs = [ours(model, IMAGE) for _ in range(args.rounds)]
-        best = {k: min(r[k] for r in runs) for k in runs[0]}
-        entry: dict[str, Any] = {
-            "cnnjax": best,
-            "first_round_total": runs[0]["total"],
-            "analysis_over_jaxpr": (best["trace"] - best["jaxpr"]) / best["jaxpr"],
-        }
-        peer = [theirs(name) for _ in range(args.rounds)]
-        if peer[0] is not None:
-            other = {k: min(r[k] for r in peer if r) for k in peer[0]}
-            entry["torch_pruning"] = other
-            entry["torch_pruning_over_cnnjax"] = other["total"] / best["total"]
+        entry: dict[str, Any] = {"cnnjax": child("ours", name, args.rounds, args.proof)}
+        peer = child("theirs", name, args.rounds, False)
+        if peer is not None:
+            entry["torch_pruning"] = peer
+            entry["torch_pruning_over_cnnjax"] = {
+                how: peer[how if how == "cold" else "warm"]["total"] / entry["cnnjax"][how]["total"]
+                for how in ("cold", "warm", "cleared")
+            }
         report["models"][name] = entry
-        print(name, json.dumps(entry, indent=1))
+        print(name, json.dumps(entry, indent=1), flush=True)
+    depth(8)  # the first time in a process
     for blocks in args.depths:
         report["depth"].append(depth(blocks))
-        print(report["depth"][-1])
+        print(report["depth"][-1], flush=True)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         temp = args.out.with_suffix(".tmp")
