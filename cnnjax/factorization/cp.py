@@ -62,16 +62,12 @@ def mttkrp(tensor: Array, factors: Sequence[Array], mode: int) -> Float[Array, "
 
 
 def _fold(part: Array, factors: Sequence[Array], skip: int) -> Float[Array, "n r"]:
-    """Multiplies the factors into (n_0, ..., n_k, r) and sums over all modes but ``skip``.
-
-    Elementwise products, largest mode first: as einsum they'd be r tiny matrix products.
-    """
-    axes = sorted((m for m in range(len(factors)) if m != skip), key=lambda m: -part.shape[m])
-    for axis in axes:
-        shape = [1] * part.ndim
-        shape[axis], shape[-1] = factors[axis].shape
-        part = jnp.sum(part * factors[axis].reshape(shape), axis=axis, keepdims=True)
-    return part.reshape(part.shape[skip], part.shape[-1])
+    """Multiplies the factors into (n_0, ..., n_k, r) and sums over all modes but ``skip``."""
+    letters = string.ascii_lowercase[: len(factors)]
+    others = [m for m in range(len(factors)) if m != skip]
+    expression = f"{letters}z," + ",".join(f"{letters[m]}z" for m in others)
+    expression += f"->{letters[skip]}z"
+    return einsum(expression, part, *(factors[m] for m in others), optimize="optimal")
 
 
 def gram_product(grams: Sequence[Array], skip: Sequence[int]) -> Array:
