@@ -248,7 +248,7 @@ def split(ledger: Ledger, params: dict[str, Any], vals: list[Value], shapes) -> 
 
 def concatenate(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
     """Label arrays one after the other; on the other dims the operands must agree."""
-    d, shape = params["dimension"], tuple(shape)
+    d, shape = int(params["dimension"]), tuple(shape)
     lengths = [v.shape[d] for v in vals]
     touching = [[c for c in v.comps if d in c.dims] for v in vals]
     joint = sorted({e for row in touching for c in row for e in c.dims if e != d})

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cnnjax import surgery
 from cnnjax.models import registry
 
 
@@ -47,7 +48,8 @@ def fold_batchnorm(model: Any, example: Any = None, *, tolerance: float = 1e-4) 
       tolerance: largest allowed difference of the outputs, relative to their largest value.
 
     Returns:
-      the folded network, in evaluation mode; folded norms are replaced by `Identity`.
+      the folded network, in evaluation mode; folded norms are replaced by `Identity`. It saves and
+      loads like any other.
 
     Raises:
       ValueError: if no example is given or known, or if the outputs differ (an operation that this
@@ -65,6 +67,7 @@ def fold_batchnorm(model: Any, example: Any = None, *, tolerance: float = 1e-4) 
     original = nnx.clone(model)
     original.eval()
     folded = nnx.clone(original)
+    pairs: list[list[str]] = []
     read = graph.trace(original, jax.ShapeDtypeStruct(example.shape, example.dtype))
     for path in dict.fromkeys(layer.path for layer in read.layers if layer.path):
         if read.layer(path).kind not in ("conv", "dense"):
@@ -81,11 +84,31 @@ def fold_batchnorm(model: Any, example: Any = None, *, tolerance: float = 1e-4) 
         if not isinstance(bn, nnx.BatchNorm) or not isinstance(layer, nnx.Conv | nnx.Linear):
             continue
         _fold(layer, bn)
-        if isinstance(norm_key, int):
-            norm_parent[norm_key] = Identity()
-        else:
-            setattr(norm_parent, norm_key, Identity())
+        _take_out(norm_parent, norm_key)
+        pairs.append([path, norm.path])
     _check(original, folded, example, tolerance)
+    if pairs:
+        surgery.add_edit(folded, "models.fold_batchnorm", pairs=pairs)
+    return folded
+
+
+def _take_out(parent: Any, key: str | int) -> None:
+    if isinstance(key, int):
+        parent[key] = Identity()
+    else:
+        setattr(parent, key, Identity())
+
+
+@surgery.edit("models.fold_batchnorm")
+def _replay(model: nnx.Module, *, pairs: list[list[str]]) -> nnx.Module:
+    """The folded structure, without numbers: biases where there were none, no norms."""
+    folded, leaves = surgery.copy(model), surgery.leaves(model)
+    for layer_path, norm_path in pairs:
+        layer: Any = surgery.module_at(folded, layer_path)
+        kernel = leaves[f"{layer_path}/kernel"]
+        layer.bias = nnx.Param(jax.ShapeDtypeStruct(kernel.shape[-1:], kernel.dtype))
+        layer.use_bias = True
+        _take_out(*_module(folded, norm_path))
     return folded
 
 
