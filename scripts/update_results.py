@@ -37,13 +37,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from cnnjax import report
 
     stale = []
-    records = []
+    records, tables = [], []
     try:
         for file in sorted((flags.configs / "results").glob("*.json")):
-            if json.loads(file.read_text()).get("format") != report.FORMAT:
+            if json.loads(file.read_text()).get("format") not in (report.FORMAT, report.TABLE):
                 continue  # of a benchmark, which writes its own page
             record = report.read_result(file)
-            records.append(record)
+            (tables if record["format"] == report.TABLE else records).append(record)
             config = flags.configs / f"{file.stem}.py"
             if not config.exists():
                 continue
@@ -54,7 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     page = flags.configs / "results" / "README.md"
     text = TITLE + report.results_table(records) + "\n"
-    if records and (not page.exists() or page.read_text() != text):
+    for record in tables:
+        table = report.markdown_table(record["header"], record["rows"])
+        text += f"\n## {record['name']}\n\n{record['note']}.\n\n{table}\n"
+    if (records or tables) and (not page.exists() or page.read_text() != text):
         stale.append(str(page))
         if not flags.check:
             temporary = page.with_name(page.name + ".tmp")

@@ -20,6 +20,12 @@ from cnnjax.distillation.cache import (
 )
 from cnnjax.distillation.contrastive import contrastive, hierarchical_context
 from cnnjax.distillation.deeper import deepen
+from cnnjax.distillation.detection import (
+    DetectionDistillConfig,
+    DetectionPlan,
+    detection_distillation_loss,
+    plan_detection,
+)
 from cnnjax.distillation.detection_losses import (
     bounded_regression,
     detection_classification,
@@ -67,6 +73,8 @@ from cnnjax.distillation.teachers import Targets, Teacher, check_classes
 __all__ = [
     "CachedStream",
     "ChannelAdapter",
+    "DetectionDistillConfig",
+    "DetectionPlan",
     "DistillConfig",
     "HintRegressor",
     "Move",
@@ -87,6 +95,7 @@ __all__ = [
     "cross_entropy",
     "deepen",
     "detection_classification",
+    "detection_distillation_loss",
     "detection_regression",
     "distillation_loss",
     "dkd",
@@ -109,6 +118,7 @@ __all__ = [
     "neuron_mimic",
     "neuron_profile",
     "pair_features",
+    "plan_detection",
     "plan_distillation",
     "saliency",
     "select_neurons",

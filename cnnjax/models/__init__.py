@@ -8,6 +8,7 @@ standard input. Activations are NHWC, kernels HWIO.
 from __future__ import annotations
 
 from cnnjax.models.convert import load_pretrained, load_weights, read_weights
+from cnnjax.models.detector import Detector, make_detector
 from cnnjax.models.fold import fold_batchnorm
 from cnnjax.models.registry import (
     ModelConfig,
@@ -53,6 +54,7 @@ FAMILIES = (
 
 __all__ = [
     "FAMILIES",
+    "Detector",
     "ModelConfig",
     "Provenance",
     "abstract",
@@ -62,6 +64,7 @@ __all__ = [
     "input_shape",
     "load_pretrained",
     "load_weights",
+    "make_detector",
     "names",
     "read_weights",
     "register",

@@ -10,18 +10,28 @@ from cnnjax.report.environment import environment
 from cnnjax.report.plots import plot_curve
 from cnnjax.report.results import (
     FORMAT,
+    TABLE,
     read_result,
     result_record,
     summarize,
     update_header,
     write_result,
 )
-from cnnjax.report.tables import markdown_table, results_table, run_table, text_table
+from cnnjax.report.tables import (
+    human,
+    markdown_table,
+    results_table,
+    run_table,
+    spread,
+    text_table,
+)
 
 __all__ = [
     "FORMAT",
+    "TABLE",
     "effective_macs",
     "environment",
+    "human",
     "markdown_table",
     "measure",
     "plot_curve",
@@ -30,6 +40,7 @@ __all__ = [
     "results_table",
     "run_table",
     "sparse_bytes",
+    "spread",
     "summarize",
     "text_table",
     "update_header",

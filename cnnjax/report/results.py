@@ -14,6 +14,7 @@ import numpy as np
 from cnnjax.report.tables import human, spread
 
 FORMAT = "cnnjax run 1"
+TABLE = "cnnjax table 1"  # of a script of its own: header and rows, not stages
 BEGIN, END = "# [measured]", "# [/measured]"
 
 
@@ -107,7 +108,7 @@ def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     record = json.loads(pathlib.Path(path).read_text())
     found = record.get("format") if isinstance(record, dict) else None
-    if found != FORMAT:
+    if found not in (FORMAT, TABLE):
         raise ValueError(f"{path} is not a run's result: its format is {found!r}, not {FORMAT!r}")
     return record
 
@@ -121,6 +122,11 @@ def header_lines(record: Mapping[str, Any]) -> list[str]:
         f"# {extent}, seeds {seeds}; {env['cpu_cores']} CPU cores, {env['devices']} x "
         f"{env['device']}, jax {env['jax']}"
     ]
+    if record["format"] == TABLE:
+        names = record["header"][1:]
+        for name, *cells in record["rows"]:
+            lines.append(f"# {name}: " + ", ".join(f"{n} {c}" for n, c in zip(names, cells)))
+        return lines
     for s in record["stages"]:
         published = record.get("expected", {}).get(s["name"], {})
         text = f"# {s['name']}: error {spread(s['error'], scale=100.0)} %"

@@ -1,0 +1,266 @@
+"""A thin detector learns from a wider one on scenes of digits: alone, distilled, term by term.
+
+Chen et al., "Learning efficient object detection models with knowledge distillation", NIPS 2017:
+weighted soft cross-entropy, teacher-bounded regression, hints through a 1x1 adapter. The scenes are
+generated (`cnnjax.data.scenes`): 48x48 pixels, 1 to 4 handwritten digits of ten classes, clutter
+and noise; training, validation and test scenes hold different digits. Every student has the same
+network, epochs, optimizer and seeds, the last epoch counts (VOC mAP at IoU 0.5, all points). The
+weights of the terms are chosen on the validation scenes by a seed of its own.
+
+    python configs/detection_digits.py --workdir runs/detection_digits
+
+About 20 minutes of one core. Every finished part stays in the work folder, and the command goes on
+where it was interrupted. Expected: distilled above alone, and the teacher far above both.
+
+What `scripts/update_results.py` found in ``configs/results/detection_digits.json``:
+"""
+
+# [measured]
+# [/measured]
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+import jax
+import numpy as np
+from flax import nnx
+
+import cnnjax
+from cnnjax import detection, distillation, models, report, training
+from cnnjax.data.memory import MemoryLoader, in_order
+from cnnjax.data.scenes import SceneConfig, digit_scenes
+from cnnjax.distillation import DetectionDistillConfig
+
+RESULTS = pathlib.Path(__file__).parent / "results" / "detection_digits.json"
+SCENES = SceneConfig()
+# the teacher labels scenes that it has not seen
+SEEN = {
+    "teacher": {"count": 1000, "epochs": 30.0, "seed": 0},
+    "student": {"count": 400, "epochs": 50.0, "seed": 3},
+}
+TESTS = {"validation": {"count": 500, "seed": 1}, "test": {"count": 1000, "seed": 2}}
+BATCH = 32
+MATCH = detection.MatchConfig()
+HINTS = (("conv:input", "conv:input"),)  # what the heads look at
+ALONE = DetectionDistillConfig(mu=1.0, nu=0.0, match=MATCH)
+# each term's settings; the best on the validation scenes, with that term alone, is taken
+TERMS = {
+    "soft": (
+        {"mu": 0.5, "background_weight": 1.5},
+        {"mu": 0.5, "background_weight": 1.0},
+        {"mu": 0.2, "background_weight": 1.0},
+    ),
+    "bound": ({"nu": 0.02}, {"nu": 0.1}),
+    "hint": ({"hint_weight": 0.02, "hints": HINTS}, {"hint_weight": 0.1, "hints": HINTS}),
+}
+CHOOSING_SEED = 10
+
+
+def network(widths: tuple[int, ...]) -> dict[str, Any]:
+    """Arguments of `models.make_detector`."""
+    return {
+        "backbone": "resnet20_cifar",
+        "feature": "layer3",
+        "image_size": (SCENES.size, SCENES.size),
+        "num_classes": SCENES.classes,
+        "sizes": (11.0, 16.0),
+        "ratios": (1.4,),
+        "fields": {"in_channels": 1, "widths": widths, "blocks_per_stage": 1},
+    }
+
+
+TEACHER, STUDENT = network((16, 32, 64)), network((6, 12, 24))
+EXAMPLE = jax.ShapeDtypeStruct((1, SCENES.size, SCENES.size, 1), np.float32)
+
+
+def train(
+    model: Any, loss: Any, stream: Any, folder: pathlib.Path, *, epochs: float, seed: int
+) -> tuple[Any, dict[str, Any]]:
+    """Trains a detector, resuming from the folder; returns it with its last epoch's figures."""
+    steps = max(1, round(epochs * stream.steps_per_epoch))
+    rate = training.build_schedule(
+        training.ScheduleConfig("cosine", base=3e-3, warmup=1.0),
+        total_steps=steps,
+        steps_per_epoch=stream.steps_per_epoch,
+    )
+    optimizer = training.build_optimizer(training.OptimizerConfig("adamw", weight_decay=1e-4), rate)
+    net, state = training.create_state(model, optimizer, seed=seed)
+    hooks = training.Hooks(loss=loss)
+    step = training.make_train_step(net, optimizer, hooks=hooks, learning_rate=rate)
+    every = stream.steps_per_epoch
+    config = training.FitConfig(steps, log_every=every, checkpoint_every=10 * every, progress=False)
+    result = training.fit(step, state, stream, config, workdir=folder)
+    trained = training.state_to_model(net, result.state)
+    if isinstance(trained, distillation.WithAdapters):
+        trained = trained.student
+    last = {k: v for k, v in result.last("train").items() if isinstance(v, float)}
+    return trained, {"steps": steps, "last_epoch": last}
+
+
+def measure(model: Any, tests: Any) -> dict[str, float]:
+    """mAP of a trained detector on each of the test sets, and its COCO-like figure."""
+    net, params, stats = training.split_network(model)
+    state = training.TrainState(0, params, stats, None, None)
+    find = detection.make_detect_step(net)
+    out = {}
+    for name, arrays in tests.items():
+        found = [find(state, b["image"]) for b in in_order(arrays, 250)]
+        found = jax.tree.map(lambda *a: np.concatenate(a), *jax.device_get(found))
+        truth = {"boxes": arrays["boxes"], "labels": arrays["label"], "classes": SCENES.classes}
+        out[f"{name}_map"] = detection.mean_average_precision(found, **truth).mean
+        out[f"{name}_map11"] = detection.mean_average_precision(
+            found, **truth, interpolation="11"
+        ).mean
+        out[f"{name}_coco"] = detection.coco_average_precision(found, **truth)
+    return out
+
+
+def scenes(who: str) -> dict[str, np.ndarray]:
+    """Training scenes of the teacher or of the students."""
+    return digit_scenes("train", SEEN[who]["count"], seed=SEEN[who]["seed"], config=SCENES)
+
+
+def the_teacher(args: Any) -> Any:
+    """Trained, or taken from the work folder."""
+    folder = args.workdir / "teacher"
+    if not folder.exists():
+        model = models.make_detector(**TEACHER, rngs=nnx.Rngs(100))
+        stream = MemoryLoader(scenes("teacher"), batch_size=BATCH, seed=100)
+        loss, epochs = detection.detection_loss(MATCH), SEEN["teacher"]["epochs"]
+        place = args.workdir / "train" / "teacher"
+        model, figures = train(model, loss, stream, place, epochs=epochs, seed=100)
+        cnnjax.save(folder, model, factory=models.make_detector, kwargs=TEACHER, metadata=figures)
+    return cnnjax.load(folder, factory=models.make_detector)
+
+
+def student(
+    args: Any, name: str, seed: int, config: DetectionDistillConfig, teacher: Any, tests: Any
+) -> dict[str, Any]:
+    """A student's figures: from the work folder, or by training it.
+
+    The teacher's targets are computed once, ahead: the scenes are not augmented.
+    """
+    file = args.workdir / f"{name}-{seed}.json"
+    if file.exists():
+        return json.loads(file.read_text())
+    arrays = scenes("student")
+    model = models.make_detector(**STUDENT, rngs=nnx.Rngs(seed))
+    plan = distillation.plan_detection(config, model, teacher, EXAMPLE)
+    adapters = plan.adapters(nnx.Rngs(seed))
+    whole = distillation.WithAdapters(model, adapters) if adapters else model
+    if config.taught:
+        guide = distillation.Teacher(teacher, taps=plan.teacher_taps)
+        cache = distillation.cache_examples(guide, arrays["image"], batch_size=200)
+        arrays = {**arrays, **distillation.lookup(cache, arrays["image"], np.arange(len(cache)))}
+    stream = MemoryLoader(arrays, batch_size=BATCH, seed=seed)
+    loss, epochs = distillation.detection_distillation_loss(plan), SEEN["student"]["epochs"]
+    place = args.workdir / "train" / f"{name}-{seed}"
+    model, figures = train(whole, loss, stream, place, epochs=epochs, seed=seed)
+    figures |= {"name": name, "seed": seed, "config": str(config), **measure(model, tests)}
+    report.write_result(figures, file)
+    print(json.dumps(figures), flush=True)
+    return figures
+
+
+def choose(args: Any, teacher: Any, tests: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Each term's fields with the best validation mAP, and every trial."""
+    chosen, trials = {}, []
+    for term, options in TERMS.items():
+        found = []
+        for i, fields in enumerate(options):
+            config = dataclasses.replace(ALONE, **fields)
+            got = student(args, f"try-{term}{i}", CHOOSING_SEED, config, teacher, tests)
+            found.append(got["validation_map"])
+            shown = {k: v for k, v in fields.items() if k != "hints"}
+            trials.append({"term": term, **shown, "validation_map": found[-1]})
+        chosen[term] = options[int(np.argmax(found))]
+    return chosen, trials
+
+
+def main() -> None:
+    """Trains what is missing, then writes the result file."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, required=True)
+    parser.add_argument("--kinds", nargs="*", default=["alone", "distilled", *TERMS])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
+    parser.add_argument("--reduced", type=int, default=1, help="divide sets and epochs by this")
+    parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    args = parser.parse_args()
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    for part in (*SEEN.values(), *TESTS.values()):
+        part["count"] //= args.reduced
+    for part in SEEN.values():
+        part["epochs"] /= args.reduced
+    tests = {s: digit_scenes(s, **TESTS[s], config=SCENES) for s in TESTS}
+    teacher = the_teacher(args)
+    chosen, trials = choose(args, teacher, {"validation": tests["validation"]})
+    kinds = {
+        "alone": ALONE,
+        "distilled": dataclasses.replace(
+            ALONE, **{k: v for fields in chosen.values() for k, v in fields.items()}
+        ),
+        **{term: dataclasses.replace(ALONE, **fields) for term, fields in chosen.items()},
+    }
+    last = {"test": tests["test"]}
+    runs = [
+        student(args, kind, seed, kinds[kind], teacher, last)
+        for seed in args.seeds
+        for kind in args.kinds
+    ]
+    if args.seeds and args.kinds:
+        figures = {"name": "teacher", "seed": 100, **measure(teacher, last)}
+        report.write_result(record(args, [figures, *runs], chosen, trials), args.out)
+
+
+def record(args: Any, runs: list[dict[str, Any]], chosen: Any, trials: Any) -> dict[str, Any]:
+    """The result file: a table of the last epoch's figures, and every run."""
+    names = list(dict.fromkeys(run["name"] for run in runs))
+    kept = {name: [run for run in runs if run["name"] == name] for name in names}
+    costs = {
+        who: report.measure(models.make_detector(**kwargs, rngs=nnx.Rngs(0)), EXAMPLE)
+        for who, kwargs in (("teacher", TEACHER), ("student", STUDENT))
+    }
+    rows = []
+    for name in names:
+        cost = costs["teacher" if name == "teacher" else "student"]
+        cells = [
+            report.spread(
+                {"mean": float(np.mean(v)), "min": float(min(v)), "max": float(max(v))}, scale=100
+            )
+            for v in (
+                [run[k] for run in kept[name]] for k in ("test_map", "test_map11", "test_coco")
+            )
+        ]
+        size = [report.human(cost["params"]), report.human(cost["macs"]), len(kept[name])]
+        rows.append([name, *cells, *size])
+    return {
+        "format": report.TABLE,
+        "name": "detection_digits",
+        "note": "last epoch; mean (min-max) over the seeds of the students; digits scenes 48x48, "
+        f"{TESTS['test']['count']} for test; teacher trained on {SEEN['teacher']['count']} scenes, "
+        f"students on {SEEN['student']['count']} others",
+        "seeds": args.seeds,
+        "reduced": args.reduced > 1,
+        "header": ["detector", "mAP@0.5 %", "11 points", "COCO-like", "params", "MACs", "runs"],
+        "rows": rows,
+        "chosen": {
+            term: {k: v for k, v in f.items() if k != "hints"} for term, f in chosen.items()
+        },
+        "trials": trials,
+        "runs": runs,
+        "environment": report.environment(),
+    }
+
+
+if __name__ == "__main__":
+    main()
