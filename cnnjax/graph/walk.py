@@ -129,8 +129,14 @@ def _is_key(aval: Any) -> bool:
     return jax.dtypes.issubdtype(aval.dtype, jax.dtypes.extended)
 
 
-def walk(ledger: Ledger, jaxpr: Jaxpr, consts: list[Value], args: list[Value]) -> list[Value]:
-    """Values of a jaxpr's outputs. Each call has its own environment: inner jaxprs are shared."""
+def walk(
+    ledger: Ledger, jaxpr: Jaxpr, consts: list[Value], args: list[Value], *, called: bool = False
+) -> list[Value]:
+    """Values of a jaxpr's outputs. Each call has its own environment: inner jaxprs are shared.
+
+    Slices that are only put back in another order are looked for in ``called`` programs (such as
+    ``jnp.roll``): a whole model is also read without its equations, where nobody can look ahead.
+    """
     env: dict[Any, Value] = dict(zip(jaxpr.constvars, consts))
     env.update(zip(jaxpr.invars, args))
 
@@ -139,7 +145,7 @@ def walk(ledger: Ledger, jaxpr: Jaxpr, consts: list[Value], args: list[Value]) -
             return constant(atom.val)
         return env[atom]
 
-    rearranged = indexing.rearranged(jaxpr)
+    rearranged = indexing.rearranged(jaxpr) if called else frozenset()
     for eqn in jaxpr.eqns:
         vals = [read(v) for v in eqn.invars]
         outer = ledger.info
@@ -155,8 +161,9 @@ def walk(ledger: Ledger, jaxpr: Jaxpr, consts: list[Value], args: list[Value]) -
 def enter(ledger: Ledger, closed: Any, args: list[Value]) -> list[Value]:
     """Walks an inner jaxpr, closed or open."""
     if isinstance(closed, ClosedJaxpr):
-        return walk(ledger, closed.jaxpr, [constant_of(c) for c in closed.consts], args)
-    return walk(ledger, closed, [], args)
+        consts = [constant_of(c) for c in closed.consts]
+        return walk(ledger, closed.jaxpr, consts, args, called=True)
+    return walk(ledger, closed, [], args, called=True)
 
 
 def constant_of(value: Any) -> Value:

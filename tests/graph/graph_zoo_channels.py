@@ -171,18 +171,22 @@ class Roll(nnx.Module):
         return self.head(self.b(jnp.roll(self.a(x), self.shift, axis=-1)))
 
 
-@case("halves_swapped")
+def swap(x):
+    return jnp.concatenate([x[..., 3:], x[..., :3]], axis=-1)
+
+
+@case("halves_swapped", swap=jax.jit(swap))
+@case("halves_swapped_inline", swap=swap)
 class Swapped(nnx.Module):
     """Cut anywhere, and put together in another order."""
 
-    def __init__(self, *, rngs):
+    def __init__(self, *, rngs, swap):
         self.a, self.b = ConvBN(3, 10, rngs=rngs), ConvBN(14, 8, rngs=rngs)
         self.c = ConvBN(3, 4, 1, rngs=rngs)
-        self.head = Head(8, rngs=rngs)
+        self.head, self.swap = Head(8, rngs=rngs), swap
 
     def __call__(self, x):
-        y = self.a(x)
-        return self.head(self.b(jnp.concatenate([y[..., 3:], self.c(x), y[..., :3]], axis=-1)))
+        return self.head(self.b(jnp.concatenate([self.swap(self.a(x)), self.c(x)], axis=-1)))
 
 
 @case("index_shuffle")

@@ -9,7 +9,11 @@ import pytest
 
 from cnnjax import graph as g
 
-REFUSED_WHOLE = {"eca": "a", "fixed_index": "a"}  # networks of which a layer stays as it is
+REFUSED_WHOLE = {
+    "eca": "a",
+    "fixed_index": "a",
+    "halves_swapped_inline": "a",
+}  # networks of which a layer stays as it is
 HARD_CODED = r"sliced 4:8 at .*graph_zoo_channels\.py:\d+ \(__call__\)"
 RIGHT = [n for n, c in zoo.CASES.items() if "refused" not in c.tags]
 
