@@ -24,6 +24,7 @@ Results: ``configs/results/deep_compression_resnet56.json``.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import pathlib
@@ -42,7 +43,8 @@ from cnnjax import coding, models, pruning, report, training
 from cnnjax import tree as treelib
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "deep_compression_resnet56.json"
-MEAN, STD = np.float32([0.485, 0.456, 0.406]), np.float32([0.229, 0.224, 0.225])
+MEAN = np.array((0.485, 0.456, 0.406), np.float32)
+STD = np.array((0.229, 0.224, 0.225), np.float32)
 KERNELS = "**/kernel"
 
 
@@ -138,8 +140,10 @@ class Run:
                 )
                 coded = coding.with_codebooks(coded, books)
             tree = coding.expand(coded)
-            pick = np.random.default_rng(0).permutation(len(self.train[1]))[: self.args.recalibrate]
-            feed = ({"image": self.train[0][p]} for p in np.array_split(pick, -(-len(pick) // 500)))
+            # augmented as in training: on the bare training images, which the network has learned
+            # by heart, the statistics come out wrong for any other image
+            count = -(-self.args.recalibrate // 250)
+            feed = itertools.islice(batches(self.train, 250, self.args.seed), count)
             stats = training.recalibrate_batchnorm(self.network, tree, stats, feed, prepare=prepare)
             shared = self.network.model(tree, stats)
             return coding.complete(coded, coding.absorb_statistics(shared))
@@ -154,12 +158,30 @@ class Run:
             "bytes": sizes["bytes"],
         }
 
-    def point(self, sparsity: float, network: Any) -> tuple[list[dict[str, Any]], Any]:
-        """The rows of one sparsity, and the retrained network."""
+    def network_at(self, sparsity: float) -> Any:
+        """The retrained network; kept in the work folder, where the next sparsity starts from."""
+        file = self.args.work / f"{sparsity:g}.npz"
+        below = [float(f.stem) for f in self.args.work.glob("*.npz")]
+        below = [s for s in below if 0 < s < sparsity or s == sparsity]
+        network = self.published
+        if below:
+            with np.load(self.args.work / f"{max(below):g}.npz") as arrays:
+                network = treelib.map_with_path(lambda path, _: arrays[path], _named(network))
+                network = network["params"], network["stats"]
+        if file.exists():
+            return network
+        params, mask = self.cut(network[0], sparsity)
+        network = self.retrained(params, network[1], mask)
+        named: dict[str, Any] = treelib.flatten(_named(network))
+        np.savez(file.with_suffix(".tmp"), **named)
+        os.replace(file.with_suffix(".tmp.npz"), file)
+        return network
+
+    def point(self, sparsity: float) -> list[dict[str, Any]]:
+        """The rows of one sparsity."""
         args, rows = self.args, []
         bare, _ = self.cut(self.published[0], sparsity)
-        params, mask = self.cut(network[0], sparsity)
-        params, stats = self.retrained(params, network[1], mask)
+        params, stats = self.network_at(sparsity)
         pruned = self.accuracy(params, stats)
         # of the network as it was given: 32-bit parameters and statistics
         dense = 4 * (treelib.count(self.published[0]) + treelib.count(self.published[1]))
@@ -176,7 +198,7 @@ class Run:
             }
             rows.append(row)
             print(json.dumps(row), flush=True)
-        return rows, (params, stats)
+        return rows
 
 
 def write(args: argparse.Namespace, base: float, sizes: dict[str, int], rows: list[Any]) -> None:
@@ -269,20 +291,7 @@ def main() -> None:
     sizes = {split: len(labels) for split, (_, labels) in data.items()}
     args.work.mkdir(parents=True, exist_ok=True)
     for sparsity in sorted(args.sparsities):
-        # from the densest network that is sparser than nothing and lighter than this one
-        saved = {float(f.stem): f for f in args.work.glob("*.npz")}
-        below = [s for s in saved if 0 < s < sparsity]
-        network = run.published
-        if below:
-            with np.load(saved[max(below)]) as arrays:
-                network = treelib.map_with_path(lambda path, _: arrays[path], _named(network))
-                network = network["params"], network["stats"]
-        rows, after = run.point(sparsity, network)
-        file = args.work / f"{sparsity:g}.npz"
-        named: dict[str, Any] = treelib.flatten(_named(after))
-        np.savez(file.with_suffix(".tmp.npz"), **named)
-        os.replace(file.with_suffix(".tmp.npz"), file)
-        write(args, base, sizes, rows)
+        write(args, base, sizes, run.point(sparsity))
 
 
 def _named(network: Any) -> dict[str, Any]:

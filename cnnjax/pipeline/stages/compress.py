@@ -73,19 +73,22 @@ class DeepCompression:
 
         def finetune(coded: PyTree) -> PyTree:
             shared = with_params(network.model, coding.expand(coded))
-            untuned["accuracy_untuned"] = _accuracy(shared, context)
-            return self._tune(shared, coded, context)
+            if self.tune:
+                untuned["accuracy_untuned"] = _accuracy(shared, context)
+                coded = self._tune(shared, coded, context)
+            # the file holds everything that the network needs, running statistics too
+            return coding.complete(coded, with_params(network.model, coding.expand(coded)))
 
         blob = coding.compress(
             params,
             options,
-            finetune=finetune if self.tune else None,
+            finetune=finetune,
             metadata={"stage": context.name, "seed": context.seed},
         )
         if jax.process_index() == 0:
             coding.save(context.folder / "compressed.cnnz", blob)
         report = coding.report(blob)
-        model = with_params(network.model, coding.decompress(blob))
+        model = coding.restore(network.model, coding.decompress(blob))
         metrics = {"file_bytes": len(blob), "file_ratio": report.ratio, **untuned}
         return Outcome(
             dataclasses.replace(network, model=model), metrics | {"sizes": report.as_dict()}
