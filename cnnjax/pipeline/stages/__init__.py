@@ -8,6 +8,7 @@ from cnnjax.pipeline.stages.distill import Distill, KeepTeacher
 from cnnjax.pipeline.stages.factorize import Factorize, LayerRule
 from cnnjax.pipeline.stages.pretrained import Pretrained
 from cnnjax.pipeline.stages.prune import Prune
+from cnnjax.pipeline.stages.quantize import Quantize
 from cnnjax.pipeline.stages.sparse_training import (
     Gates,
     Proximal,
@@ -28,6 +29,7 @@ __all__ = [
     "Pretrained",
     "Proximal",
     "Prune",
+    "Quantize",
     "ShrinkDead",
     "Surgery",
     "Threshold",
