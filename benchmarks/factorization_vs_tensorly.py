@@ -122,7 +122,7 @@ def cp_case(kernel: np.ndarray, rank: int, sweeps: int, runs: int, backends: lis
             init = (None, [tl.tensor(x.copy()) for x in start])
             return parafac(tl.tensor(kernel), rank, n_iter_max=sweeps, init=init, tol=0).factors
 
-        times, found = best(peer, max(2, runs // 2))
+        times, found = best(peer, 1 if backend == "numpy" else 2)
         row[backend] = {"seconds": times, "error": error(kernel, of_cp(found))}
         row[backend]["ratio"] = times / seconds
     return row
@@ -161,7 +161,7 @@ def tucker_case(
             core, factors = out[0]
             return core, *factors
 
-        times, found = best(peer, max(2, runs // 2))
+        times, found = best(peer, 1 if backend == "numpy" else 2)
         row[backend] = {"seconds": times, "error": error(kernel, of_tucker(*found))}
         row[backend]["ratio"] = times / seconds
     return row

@@ -87,6 +87,7 @@ from cnnjax.factorization.tensor_train import (
     tensor_train,
     tt_conv_cores,
 )
+from cnnjax.factorization.trains import DualBasis, TensorTrain
 from cnnjax.factorization.transforms import (
     dct_matrix,
     haar_matrix,
@@ -110,6 +111,7 @@ __all__ = [
     "CPInfo",
     "Chain",
     "ConvSpec",
+    "DualBasis",
     "Energy",
     "LayerEffect",
     "LayerFit",
@@ -126,6 +128,7 @@ __all__ = [
     "Scheme1",
     "Site",
     "Spatial",
+    "TensorTrain",
     "Tucker2",
     "Tucker2Factors",
     "VBMFRank",

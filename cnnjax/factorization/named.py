@@ -9,14 +9,27 @@ from typing import Any
 from cnnjax.errors import did_you_mean
 from cnnjax.factorization import rules
 from cnnjax.factorization.asymmetric import Asymmetric3D
+from cnnjax.factorization.trains import DualBasis, TensorTrain
 
-_RULES: dict[str, Callable[..., rules.Rule]] = {
-    "basis": rules.Basis,
-    "spatial": rules.Spatial,
-    "tucker2": rules.Tucker2,
-    "cp": rules.CP,
-    "scheme1": rules.Scheme1,
-    "asymmetric_3d": Asymmetric3D,
+# the papers' names beside ours; a pair fixes some of the rule's options
+_RULES: dict[str, tuple[Callable[..., rules.Rule], dict[str, Any]]] = {
+    "asymmetric_3d": (Asymmetric3D, {}),
+    "basis": (rules.Basis, {}),
+    "filter_basis": (rules.Basis, {}),
+    "svd_dense": (rules.Basis, {}),
+    "dual_basis": (DualBasis, {}),
+    "spatial": (rules.Spatial, {}),
+    "spatial_svd": (rules.Spatial, {}),
+    "jaderberg_scheme1": (rules.Scheme1, {}),
+    "jaderberg_scheme2": (rules.Spatial, {}),
+    "scheme1": (rules.Scheme1, {}),
+    "tucker2": (rules.Tucker2, {}),
+    "tensor_train": (TensorTrain, {}),
+    "cp": (rules.CP, {}),
+    "cp4_conv": (rules.CP, {"solver": "nls"}),
+    "cp_als": (rules.CP, {"solver": "als"}),
+    "cp_nls": (rules.CP, {"solver": "nls"}),
+    "cp_tpm": (rules.CP, {"solver": "tpm"}),
 }
 _RANKS: dict[str, Callable[[float], Any]] = {
     "energy": rules.Energy,
@@ -75,8 +88,12 @@ def make_rule(name: str, rank: Any = None, **options: Any) -> rules.Rule:
     """
     if name not in _RULES:
         raise ValueError(f"unknown rule {name!r}.{did_you_mean(str(name), _RULES)}")
-    made = _RULES[name]
-    known = [f.name for f in dataclasses.fields(made) if f.name != "rank"]  # pyright: ignore
+    made, fixed = _RULES[name]
+    known = [
+        f.name
+        for f in dataclasses.fields(made)  # pyright: ignore[reportArgumentType]
+        if f.name != "rank" and f.name not in fixed
+    ]
     for option in options:
         if option not in known:
             raise ValueError(
@@ -84,4 +101,4 @@ def make_rule(name: str, rank: Any = None, **options: Any) -> rules.Rule:
             )
     if rank is not None:
         options["rank"] = parse_rank(rank)
-    return made(**options)
+    return made(**fixed, **options)

@@ -132,7 +132,7 @@ class Rule:
         return low
 
 
-def _per_group(fn: Callable[..., tuple[Array, ...]], kernel: Array, groups: int) -> Any:
+def per_group(fn: Callable[..., tuple[Array, ...]], kernel: Array, groups: int) -> Any:
     """Runs a factorization on every group's block; outputs become group-major."""
     return [join_groups(part) for part in jax.vmap(fn)(split_groups(kernel, groups))]
 
@@ -159,7 +159,7 @@ class Basis(Rule):
         self, key: Array, kernel: Array, ranks: Ranks, spec: ConvSpec, bias: Array | None
     ) -> Chain:
         """k x k then 1x1."""
-        parts = _per_group(lambda k: filter_basis(k, ranks[0]), kernel, spec.groups)
+        parts = per_group(lambda k: filter_basis(k, ranks[0]), kernel, spec.groups)
         return chains.basis_chain(*parts, spec=spec, bias=bias)
 
 
@@ -188,7 +188,7 @@ class Spatial(Rule):
         self, key: Array, kernel: Array, ranks: Ranks, spec: ConvSpec, bias: Array | None
     ) -> Chain:
         """kh x 1 then 1 x kw."""
-        parts = _per_group(lambda k: spatial_svd(k, ranks[0]), kernel, spec.groups)
+        parts = per_group(lambda k: spatial_svd(k, ranks[0]), kernel, spec.groups)
         return chains.spatial_chain(*parts, spec=spec, bias=bias)
 
 
@@ -229,7 +229,7 @@ class Tucker2(Rule):
             t = tucker2(k, *ranks, sweeps=self.sweeps)
             return t.first[None, None], t.core, t.last.T[None, None]
 
-        return chains.tucker2_chain(*_per_group(factors, kernel, spec.groups), spec=spec, bias=bias)
+        return chains.tucker2_chain(*per_group(factors, kernel, spec.groups), spec=spec, bias=bias)
 
 
 @dataclasses.dataclass(frozen=True)
