@@ -54,6 +54,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     page = flags.configs / "results" / "README.md"
     text = TITLE + report.results_table(records) + "\n"
+    if cut := report.surgery_table(records):
+        text += "\nStages that remove channels or blocks, with the speed measured in the run:\n\n"
+        text += cut + "\n"
     for record in tables:
         table = report.markdown_table(record["header"], record["rows"])
         text += f"\n## {record['name']}\n\n{record['note']}.\n\n{table}\n"

@@ -23,6 +23,7 @@ from cnnjax.report.tables import (
     results_table,
     run_table,
     spread,
+    surgery_table,
     text_table,
 )
 
@@ -42,6 +43,7 @@ __all__ = [
     "sparse_bytes",
     "spread",
     "summarize",
+    "surgery_table",
     "text_table",
     "update_header",
     "write_result",

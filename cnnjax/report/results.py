@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from cnnjax.report.tables import human, spread
+from cnnjax.report.tables import human, spread, surgery_figures
 
 FORMAT = "cnnjax run 1"
 TABLE = "cnnjax table 1"  # of a script of its own: header and rows, not stages
@@ -65,6 +65,7 @@ def result_record(
             | {"seed": run["seed"]}
             for run in report["runs"]
         ],
+        "branches": _branches(report["runs"]),
         "expected": report["config"].get("expected", {}),
         "environment": report["environment"],
         # where files lay says nothing about the result
@@ -78,6 +79,29 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, Any]:
     """A stage's own single figures (its per-layer ones stay in the report)."""
     own = record.get("metrics") or {}
     return {k: v for k, v in own.items() if isinstance(v, int | float) and k not in record}
+
+
+def _branches(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Points of the runs' branches (see the stage ``branches``): mean, min and max over seeds."""
+    found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for run in runs:
+        for stage in run["stages"]:
+            for point in stage["curve"]:
+                if "branch" in point:
+                    found.setdefault((stage["name"], point["branch"]), []).append(point)
+    out = []
+    for (stage_name, branch), points in found.items():
+        row: dict[str, Any] = {"stage": stage_name, "branch": branch}
+        for key in ("macs_share", "params_share"):
+            row[key] = _spread([float(p[key]) for p in points])
+        row["error_first"] = _spread([1.0 - p["accuracy_first"] for p in points])
+        row["error"] = _spread([1.0 - p["accuracy"] for p in points])
+        out.append(row)
+    return out
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {"mean": float(np.mean(values)), "min": min(values), "max": max(values)}
 
 
 def _without_places(value: Any) -> Any:
@@ -132,9 +156,20 @@ def header_lines(record: Mapping[str, Any]) -> list[str]:
         text = f"# {s['name']}: error {spread(s['error'], scale=100.0)} %"
         text += f", {human(s['nonzeros']['mean'])} non-zeros, {s['compression']['mean']:.2f}x"
         lines.append(text)
+        cut = surgery_figures(record, s["name"])
+        words = [f"{name} {value}" for name, value in cut.items()]
+        for some in (words[:3], words[3:]):
+            if some:
+                lines.append("#   " + ", ".join(some))
         if "error" in published:
             source = published.get("source", "published")
             lines.append(f"#   published: {100 * published['error']:.2f} % ({source})")
+    for row in record.get("branches", []):
+        first, last = (spread(row[key], scale=100.0) for key in ("error_first", "error"))
+        lines.append(
+            f"# {row['branch']}: {100 * row['macs_share']['mean']:.1f} % of the MACs, error "
+            f"{first} % before fine-tuning, {last} % after"
+        )
     return lines
 
 

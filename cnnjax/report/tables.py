@@ -121,6 +121,43 @@ def run_table(result: Mapping[str, Any]) -> str:
     return "\n".join(parts)
 
 
+_SURGERY = {
+    "accuracy % before": ("accuracy_before", 100.0, ""),
+    "shrunk": ("accuracy_after_shrinking", 100.0, ""),
+    "fine-tuned": ("accuracy_after_fine_tuning", 100.0, ""),
+    "MACs left": ("macs_share", 1.0, "x"),
+    "parameters left": ("params_share", 1.0, "x"),
+    "measured speed-up": ("speed_up", 1.0, "x"),
+}
+
+
+def surgery_figures(result: Mapping[str, Any], stage: str) -> dict[str, str]:
+    """What a stage that removes channels measured, mean (min-max) of the seeds; or nothing."""
+    found = [seed[stage] for seed in result.get("per_seed", []) if stage in seed]
+    if not found or not all("accuracy_after_shrinking" in one for one in found):
+        return {}
+    out = {}
+    for name, (key, scale, unit) in _SURGERY.items():
+        values = [one[key] for one in found if key in one]
+        if values:
+            mean = sum(values) / len(values)
+            summary = {"mean": mean, "min": min(values), "max": max(values)}
+            out[name] = spread(summary, scale=scale) + unit
+    return out
+
+
+def surgery_table(results: Sequence[Mapping[str, Any]]) -> str:
+    """Markdown over the stages that removed channels: accuracy, cost left, measured speed-up."""
+    rows = []
+    for result in results:
+        for s in result.get("stages", []):
+            cut = surgery_figures(result, s["name"])
+            if cut:
+                name = f"{result['name']}: {s['name']}"
+                rows.append((name, *(cut.get(key, "") for key in _SURGERY)))
+    return markdown_table(("run", *_SURGERY), rows) if rows else ""
+
+
 def results_table(results: Sequence[Mapping[str, Any]]) -> str:
     """Markdown over result files: one row per stage, expected beside measured.
 
@@ -146,6 +183,22 @@ def results_table(results: Sequence[Mapping[str, Any]]) -> str:
                     "reduced" if result["reduced"] else "full",
                 )
             )
+        for row in result.get("branches", []):
+            share = f"{1 / row['params_share']['mean']:.2f}x, {row['macs_share']['mean']:.2f} MACs"
+            extent = "reduced" if result["reduced"] else "full"
+            for key, when in (("error_first", "before"), ("error", "after")):
+                rows.append(
+                    (
+                        f"{result['name']}: {row['branch']}, {when} fine-tuning",
+                        spread(row[key], scale=100.0),
+                        "",
+                        share,
+                        "",
+                        "",
+                        len(result["seeds"]),
+                        extent,
+                    )
+                )
     header = (
         "run",
         "error % mean (min-max)",

@@ -149,3 +149,23 @@ def test_result_files_name_no_folder():
     config = {"stages": {"a": {"weights": "/home/me/w.npz", "sizes": (1, 2)}}, "note": "a/b"}
     kept = _without_places(config)
     assert kept == {"stages": {"a": {"weights": "w.npz", "sizes": [1, 2]}}, "note": "a/b"}
+
+
+def test_surgery_figures_stand_in_a_table_of_their_own_and_in_the_header(tmp_path):
+    figures = {"accuracy_before": 0.9, "accuracy_after_shrinking": 0.25, "macs_share": 0.5,
+               "accuracy_after_fine_tuning": 0.875, "params_share": 0.4,
+               "speed_up": 1.75}  # fmt: skip
+    one = record()
+    name = one["stages"][0]["name"]
+    assert report.surgery_table([one]) == ""
+    one["per_seed"] = [{name: figures}, {name: figures | {"accuracy_after_shrinking": 0.75}}]
+    head, _, row = report.surgery_table([one]).split("\n")
+    assert [c.strip() for c in head.strip("| ").split("|")][1:] == [
+        "accuracy % before", "shrunk", "fine-tuned", "MACs left", "parameters left",
+        "measured speed-up",
+    ]  # fmt: skip
+    assert row.endswith("| 90.00 | 50.00 (25.00-75.00) | 87.50 | 0.50x | 0.40x | 1.75x |")
+    file = tmp_path / "c.py"
+    file.write_text("# [measured]\n# [/measured]\n")
+    assert report.update_header(file, one)
+    assert "shrunk 50.00 (25.00-75.00), fine-tuned 87.50\n#   MACs left 0.50x" in file.read_text()
