@@ -116,7 +116,8 @@ def pca_plan(
     rules = {"**": rules} if isinstance(rules, Rule) else dict(rules)
     # any rank will do to see which layers the rules reach and what those cost
     reached = plan(model, {g: r and dataclasses.replace(r, rank=1) for g, r in rules.items()})
-    chosen_rules = {p.path: p.rule for p in reached.layers if p.kept != "depthwise"}
+    skipped = ("depthwise", "dense: only Basis applies")
+    chosen_rules = {p.path: p.rule for p in reached.layers if p.kept not in skipped}
     for path, rule in chosen_rules.items():
         if not isinstance(rule, Basis | Asymmetric3D):
             raise ValueError(
@@ -133,7 +134,7 @@ def pca_plan(
         one, two = (layer.macs(rule, (*ranks, r)) for r in (1, 2))
         values = spectra(moments[site.path], layer.spec.groups)[: layer.most(ranks)]
         total, fixed = total + layer.before, fixed + 2 * one - two
-        costs.append((two - one) * len(values))
+        costs.append(float((two - one) * len(values)))
         energies.append(values)
         spatial.append(ranks)
     chosen = pca_energy_ranks(energies, costs, macs * total - fixed)

@@ -144,6 +144,8 @@ def reconstruct(
         layer, module, rank = starts[site.path]
         if walk is not None:
             y = sampled(walk.until(site), where, options.positions)
+        elif not options.asymmetric and module is layer:
+            y = targets[site.path]
         else:
             base = out if options.asymmetric else model
             if module is not layer:

@@ -1,0 +1,81 @@
+"""ResNet-56 on the JPEG copy of CIFAR-10 by factors: error against MACs, method by method.
+
+    python scripts/run.py --config=configs/cifar10_resnet56_factors.py --data_dir=DIR \\
+        --config.stages.published.weights=cifar10_resnet56.npz
+
+where ``scripts/prepare_cifar10_jpeg.py`` has written the images. The weights are published ones
+(83.20 % on this copy). Every branch starts from them, replaces the 54 convolutions of the residual
+blocks at about 70 % and at about half of their MACs, and fine-tunes the whole network: SVD of the
+kernels (K-filter basis), Tucker-2 with weakened EVBMF ranks (Kim et al. 2016, 1511.06530), CP
+(Lebedev et al. 2015, 1412.6553), separable filters by Tai's closed form (1511.06067), Zhang's
+asymmetric channel and 3-D decompositions with ReLU-aware reconstruction and PCA-energy ranks
+(1505.06798). BatchNorm statistics of the weight-only methods are re-estimated before the first
+measurement. The full run fine-tunes 20 epochs on all images, for an accelerator; a reduced one on
+two CPU cores takes one epoch of 5,000 images and 2,000 test images:
+
+    ... "--config.data.train=train[:5000]" "--config.data.test=test[:2000]" \\
+        --config.stages.curves.recipe.epochs=1
+
+What `scripts/update_results.py` found in ``configs/results/cifar10_resnet56_factors.json``:
+"""
+
+# [measured]
+# not run yet
+# [/measured]
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnjax import pipeline
+from cnnjax.data import Augment
+from cnnjax.pipeline.stages import Branches, Factorize, LayerRule, Pretrained, Reconstruct
+from cnnjax.training import OptimizerConfig, ScheduleConfig
+
+LAYERS = "layer*/*/conv*"
+
+
+def get_config() -> Any:
+    """See the module's docstring."""
+
+    def weights(method: str, rank: Any, **options: Any) -> Factorize:
+        return Factorize({LAYERS: LayerRule(method, rank, options)}, recalibrate=1024)
+
+    def responses(method: str, macs: float) -> Reconstruct:
+        return Reconstruct({LAYERS: LayerRule(method)}, macs=macs, images=1024)
+
+    branches: dict[str, Any] = {}
+    for share, weaken in ((0.5, 0.4), (0.7, 0.6)):
+        percent = round(100 * share)
+        branches |= {
+            f"svd_{percent}": weights("basis", f"macs {share}"),
+            f"tucker2_evbmf_{round(100 * weaken)}": weights("tucker2", f"evbmf {weaken}"),
+            f"cp_{percent}": weights("cp", f"macs {share}", restarts=1),
+            f"tai_{percent}": weights("spatial", f"macs {share}"),
+            f"zhang_channels_{percent}": responses("basis", share),
+            f"zhang_3d_{percent}": responses("asymmetric_3d", share),
+        }
+    recipe = pipeline.Recipe(
+        epochs=20.0,
+        optimizer=OptimizerConfig("sgd", nesterov=True, weight_decay=1e-4),
+        schedule=ScheduleConfig("cosine", base=0.01),
+        checkpoint_every=5.0,
+    )
+    network = pipeline.ModelSpec("resnet56_cifar", {"num_classes": 10})
+    return pipeline.config_dict(
+        "cifar10_resnet56_factors",
+        model=network,
+        data=pipeline.DataConfig(
+            "cifar10_jpeg",
+            batch_size=128,
+            eval_batch_size=1000,
+            augment=Augment(
+                pad=4, flip=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            ),
+        ),
+        stages={
+            "published": Pretrained("", network),
+            "curves": Branches(branches, recipe),
+        },
+        seeds=(0,),
+    )
