@@ -1,14 +1,20 @@
-"""ResNet-20 taught by ResNet-56 on the JPEG copy of CIFAR-10: KD, hints, attention, FSP, DKD.
+"""ResNet-20 taught by ResNet-56 on the JPEG copy of CIFAR-10: seven ways at equal epochs.
 
     python scripts/run.py --config=configs/cifar10_resnet56_to_resnet20_kd.py --data_dir=DIR \\
         --config.stages.published.weights=cifar10_resnet56.npz
 
 where ``scripts/prepare_cifar10_jpeg.py`` has written the images. The teacher starts from published
 weights (93.39 % on the lossless test set, 83.20 % on this copy) and is adapted to the copy by a
-short fine-tuning; every student has the same network, epochs, optimizer and seeds, and the last
-epoch counts. Hints and FSP have a first stage of their own (Romero et al. 2015, 1412.6550; Yim et
-al., CVPR 2017). Others: Hinton et al. 2015 (1503.02531), Zagoruyko & Komodakis 2017 (1612.03928),
-Zhao et al. 2022 (2203.08679). Needs an accelerator: about 7 x 100 epochs a seed.
+short fine-tuning; every student has the same epochs, optimizer, seeds and order of augmented
+images, and the last epoch counts. Students are ResNet-20, but for ``fisher_kd``, which is the
+teacher with maps removed down to ResNet-20's multiply-accumulates while it learns (Theis et al.
+2018, 1801.05787). Hints and FSP have a first stage of their own in addition (Romero et al. 2015,
+1412.6550; Yim et al., CVPR 2017). Others: Hinton et al. 2015 (1503.02531), Zagoruyko & Komodakis
+2017 (1612.03928), Zhao et al. 2022 (2203.08679). Needs an accelerator: about 7 x 100 epochs a seed.
+A reduced run on one CPU core takes part of the images and few epochs:
+
+    for each student: --config.stages.NAME.recipe.epochs=4, for each first stage 1, and
+    "--config.data.train=train[:4000]" --config.data.batch_size=64
 
 Expected from these papers: KD and attention transfer above the student alone. What
 `scripts/update_results.py` found in the result file, if the run was done:
@@ -24,7 +30,14 @@ from typing import Any
 from cnnjax import pipeline
 from cnnjax.data import Augment
 from cnnjax.distillation import DistillConfig
-from cnnjax.pipeline.stages import Distill, KeepTeacher, Pretrained, Train
+from cnnjax.pipeline.stages import (
+    Distill,
+    FisherDistill,
+    KeepTeacher,
+    Pretrained,
+    RecallTeacher,
+    Train,
+)
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 TEACHER = pipeline.ModelSpec("resnet56_cifar", {"num_classes": 10})
@@ -43,12 +56,11 @@ def get_config() -> Any:
             epochs=epochs,
             optimizer=OptimizerConfig("sgd", nesterov=True, weight_decay=decay),
             schedule=ScheduleConfig("cosine", base=rate),
-            eval_every=5.0,
-            checkpoint_every=5.0,
+            checkpoint_every=1.0,
         )
 
     def student(loss: DistillConfig, **options: Any) -> Distill:
-        return Distill(recipe(100.0, 0.1), loss, STUDENT, **options)
+        return Distill(recipe(100.0, 0.1), loss, STUDENT, order="students", **options)
 
     kd = DistillConfig(hard=0.1, soft_weight=0.9, temperature=4.0)
     hint = DistillConfig(
@@ -82,6 +94,10 @@ def get_config() -> Any:
             "attention": student(attention),
             "fsp": student(fsp, first=recipe(20.0, 1e-3, 0.0)),
             "dkd": student(dkd),
+            "recall": RecallTeacher(),
+            "fisher_kd": FisherDistill(
+                recipe(25.0, 0.01), recipe(75.0, 0.02), kd, macs=0.325, rounds=40, examples=1024
+            ),
         },
         seeds=(0, 1, 2),
         note="CIFAR-10 as JPEG; students at equal epochs, last epoch",

@@ -9,7 +9,7 @@ them, `distillation_loss` is what `cnnjax.training.Hooks` takes. `widen` and `de
 without changing its function.
 """
 
-from cnnjax.distillation.adapters import ChannelAdapter, HintRegressor
+from cnnjax.distillation.adapters import ChannelAdapter, HintRegressor, ReviewFusion
 from cnnjax.distillation.cache import (
     CachedStream,
     TargetCache,
@@ -43,6 +43,7 @@ from cnnjax.distillation.logits import (
     logit_regression,
     soft_targets,
 )
+from cnnjax.distillation.loss import distillation_loss
 from cnnjax.distillation.maps import (
     attention_map,
     attention_transfer,
@@ -53,12 +54,8 @@ from cnnjax.distillation.maps import (
 )
 from cnnjax.distillation.net2net import widen, widen_tree
 from cnnjax.distillation.neurons import neuron_mimic, neuron_profile, select_neurons
-from cnnjax.distillation.objective import (
-    DistillConfig,
-    Plan,
-    distillation_loss,
-    plan_distillation,
-)
+from cnnjax.distillation.objective import DistillConfig
+from cnnjax.distillation.planning import Plan, plan_distillation
 from cnnjax.distillation.synthetic import independent_marginals, munge
 from cnnjax.distillation.taps import (
     Pair,
@@ -80,6 +77,7 @@ __all__ = [
     "Move",
     "Pair",
     "Plan",
+    "ReviewFusion",
     "TargetCache",
     "Targets",
     "Teacher",

@@ -103,7 +103,13 @@ class Teacher:
         Returns:
           `Targets`, cut off from gradients.
         """
-        constants = jax.lax.stop_gradient(constants)
+        return jax.lax.stop_gradient(self._run(jax.lax.stop_gradient(constants), images))
+
+    def differentiable(self, constants: PyTree, images: Any) -> Any:
+        """The combined logits (n, classes), not cut off from gradients with respect to images."""
+        return self._run(jax.lax.stop_gradient(constants), images).logits
+
+    def _run(self, constants: PyTree, images: Any) -> Targets:
         logits, features = [], {}
         for i, (network, part) in enumerate(zip(self._networks, constants, strict=True)):
             model = network.model(part["params"], part["stats"])
@@ -115,7 +121,7 @@ class Teacher:
             combined = ensemble_logits(
                 logits, mode=self.mode, temperature=self.temperature, weights=self.weights
             )
-        return jax.lax.stop_gradient(Targets(combined, features))
+        return Targets(combined, features)
 
     def classes(self, example: Any) -> int:
         """The number of classes, which all members share.

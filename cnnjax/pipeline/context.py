@@ -100,6 +100,7 @@ class Context:
         parallelism, and whether to show progress."""
         self.data, self.seed, self.name, self.folder = data_config, seed, name, folder
         self.mesh, self.progress = mesh, progress
+        self.order = name  # stages of one order see the same training batches
         self._steps: list[tuple[training.Network, bool, Any, Any]] = []
 
     def key(self, what: str = "") -> jax.Array:
@@ -116,7 +117,7 @@ class Context:
             c.train,
             batch_size=c.batch_size,
             train=True,
-            seed=zlib.crc32(f"{self.seed}/{self.name}".encode()),
+            seed=zlib.crc32(f"{self.seed}/{self.order}".encode()),
             augment=c.augment,
             data_dir=c.data_dir or None,
             workers=c.workers,

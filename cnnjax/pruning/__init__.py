@@ -35,6 +35,13 @@ from cnnjax.pruning.dynamic import (
     spliced,
     surgery_hooks,
 )
+from cnnjax.pruning.fisher_maps import (
+    channel_mask,
+    fisher_select,
+    fisher_sums,
+    gated_params,
+    map_fisher,
+)
 from cnnjax.pruning.granularity import (
     GRANULARITIES,
     expand,
@@ -107,6 +114,7 @@ __all__ = [
     "bits_to_mask",
     "block_scores",
     "brain_damage",
+    "channel_mask",
     "check_alive",
     "check_mask",
     "cut",
@@ -116,8 +124,11 @@ __all__ = [
     "dynamic_network_surgery",
     "erdos_renyi",
     "expand",
+    "fisher_select",
+    "fisher_sums",
     "forward_backward_splitting",
     "full_mask",
+    "gated_params",
     "gates",
     "get_mask",
     "gradual",
@@ -133,6 +144,7 @@ __all__ = [
     "lottery_ticket",
     "magnitude_mask",
     "magnitude_scores",
+    "map_fisher",
     "mask_from_scores",
     "mask_of",
     "masked",

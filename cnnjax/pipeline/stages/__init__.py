@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from cnnjax.pipeline.stages.channels import Channels
 from cnnjax.pipeline.stages.compress import DeepCompression
-from cnnjax.pipeline.stages.distill import Distill, KeepTeacher
+from cnnjax.pipeline.stages.distill import Distill, KeepTeacher, RecallTeacher
 from cnnjax.pipeline.stages.factorize import Factorize, LayerRule
+from cnnjax.pipeline.stages.fisher_distill import FisherDistill
 from cnnjax.pipeline.stages.pretrained import Pretrained
 from cnnjax.pipeline.stages.prune import Prune
 from cnnjax.pipeline.stages.quantize import Quantize
@@ -23,12 +24,14 @@ __all__ = [
     "DeepCompression",
     "Distill",
     "Factorize",
+    "FisherDistill",
     "Gates",
     "KeepTeacher",
     "LayerRule",
     "Pretrained",
     "Proximal",
     "Prune",
+    "RecallTeacher",
     "Quantize",
     "ShrinkDead",
     "Surgery",

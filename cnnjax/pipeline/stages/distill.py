@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import zlib
 from typing import Any
 
 import jax
@@ -13,13 +14,16 @@ from flax import nnx
 
 from cnnjax import data, distillation, models, pruning, training, tree
 from cnnjax.distillation import DistillConfig
+from cnnjax.errors import did_you_mean
 from cnnjax.pipeline.config import ModelSpec
 from cnnjax.pipeline.context import Context, Recipe
 from cnnjax.pipeline.fields import image_shape, model_fields
 from cnnjax.pipeline.registry import Carry, Outcome, stage
+from cnnjax.pipeline.stages.distill_data import chosen_neurons, synthetic_stream
 from cnnjax.pipeline.stages.masking import mask_averages, params_of
 
 CACHES = ("none", "memory", "disk")
+SYNTHETIC = ("none", "munge", "marginals")
 
 
 @stage("keep_teacher")
@@ -40,6 +44,33 @@ class KeepTeacher:
         teachers = (*known, training.set_mode(network.model, train=False))
         extras = {**network.extras, "teachers": teachers}
         return Outcome(dataclasses.replace(network, extras=extras), {"teachers": len(teachers)})
+
+
+@stage("recall_teacher")
+@dataclasses.dataclass(frozen=True)
+class RecallTeacher:
+    """The kept teacher becomes the network again, e.g. to be compressed after several students.
+
+    Attributes:
+      index: which one, in the order in which they were kept.
+    """
+
+    index: int = 0
+    restructures = True
+
+    def run(self, network: Carry, context: Context) -> Outcome:
+        """See `cnnjax.pipeline.registry`.
+
+        Raises:
+          ValueError: no such teacher.
+        """
+        teachers = network.extras.get("teachers", ())
+        if not 0 <= self.index < len(teachers):
+            raise ValueError(
+                f"stage {context.name!r}: no teacher {self.index}, {len(teachers)} were kept; put "
+                "a keep_teacher stage where the network is still whole"
+            )
+        return Outcome(Carry(teachers[self.index], None, network.extras))
 
 
 @stage("distill")
@@ -63,6 +94,13 @@ class Distill:
       combine: how several teachers are averaged, ``"geometric"`` or ``"arithmetic"``.
       split: training images of the student if not those of the run, e.g. ``"train[:200]"``: a
         teacher that saw more than the student does.
+      order: name of the order of the batches; stages that give the same one see the same batches
+        (and with ``cache="disk"`` and equal taps share the targets); empty: the stage's own name.
+      synthetic: train on made-up images that only the teacher labels (Bucila et al.):
+        ``"munge"``, ``"marginals"`` (the baseline) or ``"none"``; needs ``hard=0``.
+      multiplier: synthetic images for every real one.
+      swap: MUNGE's probability of an exchange.
+      spread: MUNGE's variance parameter s.
     """
 
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
@@ -72,8 +110,26 @@ class Distill:
     cache: str = "none"
     combine: str = "geometric"
     split: str = ""
+    order: str = ""
+    synthetic: str = "none"
+    multiplier: int = 4
+    swap: float = 0.3
+    spread: float = 4.0
 
     def __post_init__(self) -> None:
+        if self.synthetic not in SYNTHETIC:
+            raise ValueError(
+                f"unknown synthetic {self.synthetic!r}.{did_you_mean(self.synthetic, SYNTHETIC)}"
+            )
+        if self.synthetic != "none" and (self.loss.hard or self.loss.gradient_beta):
+            raise ValueError(
+                f"synthetic images have no labels: hard is {self.loss.hard} and gradient_beta "
+                f"{self.loss.gradient_beta}; set both to 0"
+            )
+        if self.synthetic != "none" and self.loss.soft == "dkd":
+            raise ValueError("dkd needs labels, which synthetic images don't have")
+        if self.synthetic != "none" and self.cache != "none":
+            raise ValueError("synthetic images take cache='none'")
         if self.cache not in CACHES:
             raise ValueError(f"cache is {self.cache!r}; expected one of {CACHES}")
         if self.combine not in ("geometric", "arithmetic"):
@@ -95,6 +151,9 @@ class Distill:
         if self.split:
             context = copy.copy(context)
             context.data = dataclasses.replace(context.data, train=self.split)
+        if self.order:
+            context = copy.copy(context)
+            context.order = self.order
         teachers = network.extras.get("teachers", ())
         if not teachers and self.student is not None:
             teachers = (training.set_mode(network.model, train=False),)
@@ -127,7 +186,7 @@ class Distill:
             ]
         metrics: dict[str, Any] = {}
         for name, recipe, config in phases:
-            phase = _Phase(name, recipe, config, guide, self.cache, example)
+            phase = _Phase(name, recipe, config, guide, self, example)
             model, metrics = phase.train(model, mask, teachers, context)
         if teachers:
             metrics["agreement"] = _agreement(model, teachers[0], context)
@@ -141,7 +200,7 @@ class _Phase:
     recipe: Recipe
     config: DistillConfig
     guide: Any
-    cache: str
+    stage: Distill
     example: Any
 
     def train(
@@ -156,15 +215,20 @@ class _Phase:
         if guide is not None:
             plan = distillation.plan_distillation(config, model, teachers[0], self.example)
             guide = guide.with_taps(plan.teacher_taps)
+            if plan.neurons:
+                plan = chosen_neurons(plan, guide, context)
         adapters = plan.adapters(nnx.Rngs(context.seed))
         student = distillation.WithAdapters(model, adapters) if adapters else model
         loader = context.train_loader()
         steps = max(1, round(self.recipe.epochs * loader.steps_per_epoch))
         loader.close()
         stream = None
-        if guide is not None and self.cache != "none":
+        cached = guide is not None and self.stage.cache != "none"
+        if cached:
             stream = self.stream(guide, steps, context)
-        loss = distillation.distillation_loss(plan, None if stream else guide, total_steps=steps)
+        elif self.stage.synthetic != "none":
+            stream = synthetic_stream(self.stage, context)
+        loss = distillation.distillation_loss(plan, None if cached else guide, total_steps=steps)
         hooks, wrap = training.Hooks(loss=loss), None
         if mask is not None:
             whole = mask
@@ -180,7 +244,7 @@ class _Phase:
             steps=steps,
             hooks=hooks,
             wrap=wrap,
-            constants=None if guide is None or stream else {"teacher": guide.constants},
+            constants=None if guide is None or cached else {"teacher": guide.constants},
             stream=stream,
         )
         last = trained.fit.last("eval")
@@ -190,9 +254,12 @@ class _Phase:
     def stream(self, guide: Any, steps: int, context: Context) -> Any:
         """``loader -> batches with targets``; the targets are made when they are first asked."""
         folder = context.folder / f"targets_{self.name}"
+        if self.stage.order:  # shared by stages of this order, one folder for each set of taps
+            what = zlib.crc32("/".join((*guide.taps, str(steps), guide.fingerprint())).encode())
+            folder = context.folder.parent / f"targets_{self.stage.order}_{what:08x}"
 
         def attach(loader: Any) -> Any:
-            if self.cache == "disk":
+            if self.stage.cache == "disk":
                 if not (folder / "cache.json").exists():
                     distillation.cache_stream(guide, loader, steps).save(folder)
                 cache = distillation.load_cache(folder)
