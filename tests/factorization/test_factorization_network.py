@@ -13,7 +13,7 @@ from flax import nnx
 import cnnjax
 from cnnjax import factorization as f
 
-KERNELS = [(1, 1), (3, 3), (5, 5), (1, 5)]
+KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (1, 5)]
 PADDINGS = ["SAME", "VALID", ((1, 2), (0, 1))]
 RULES = {
     "basis": f.Basis(1.0, always=True),
@@ -49,7 +49,9 @@ class Wrapped(nnx.Module):
         return self.conv(x)
 
 
-GRID = list(itertools.product(KERNELS, (1, 2), (1, 2), PADDINGS, (1, 2, 4), (True, False), (9, 8)))
+GRID = list(
+    itertools.product(KERNELS, (1, 2), (1, 2), PADDINGS, (1, 2, 4), (True, False), (15, 14))
+)
 
 
 def check_exact(cases, rules):

@@ -48,12 +48,19 @@ class Factorize:
 
     Attributes:
       rules: ``{path glob: what to do}``, the first match counts; layers of no glob stay.
+      macs: share of the whole network's MACs that may be left, shared out over the layers in place
+        of the rules' own ranks; 0: the rules choose.
+      params: the same for parameters.
+      allocation: of such a budget: ``optimal`` or ``greedy``.
       recalibrate: training images whose BatchNorm statistics the new network takes over; 0: keep
         the old statistics.
       speed_batch: images per call when the speed-up is measured; 0: don't measure.
     """
 
     rules: Mapping[str, LayerRule] = dataclasses.field(default_factory=lambda: {"**": LayerRule()})
+    macs: float = 0.0
+    params: float = 0.0
+    allocation: str = "optimal"
     recalibrate: int = 2000
     speed_batch: int = 0
     restructures = True
@@ -61,6 +68,13 @@ class Factorize:
     def __post_init__(self) -> None:
         if self.recalibrate < 0:
             raise ValueError(f"recalibrate is {self.recalibrate}; expected a number of images")
+        for name in ("macs", "params"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
+        if self.macs and self.params:
+            raise ValueError(f"give one budget, macs or params; got {self.macs} and {self.params}")
+        if self.allocation not in ("optimal", "greedy"):
+            raise ValueError(f"allocation is {self.allocation!r}; expected 'optimal' or 'greedy'")
         if not self.rules:
             raise ValueError("rules is empty: name at least one glob, e.g. {'**': {...}}")
 
@@ -70,7 +84,15 @@ class Factorize:
             raise ValueError("layers are factorized before weights: put this stage before masks")
         image = example_image(context)
         model = training.set_mode(network.model, train=False)
-        decided = factorization.plan(model, self._rules(), image)
+        decided = factorization.plan(
+            model,
+            self._rules(),
+            image,
+            macs=self.macs or None,
+            params=self.params or None,
+            allocation=self.allocation,
+            key=context.key("plan"),
+        )
         small = factorization.factorize(model, decided, key=context.key("factors"))
         accuracy = {
             "accuracy_before": accuracy_of(model, context),
