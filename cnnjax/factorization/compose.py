@@ -74,7 +74,7 @@ def data_reconstruct(
     key: Array,
     chain: Chain,
     x: Float[AnyArray, "n h w i"],
-    z: Float[AnyArray, "n h2 w2 o"],
+    z: Float[AnyArray, "m h2 w2 o"],
     *,
     steps: int = 300,
     rate: float = 1e-3,

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from cnnjax.pipeline.stages.branches import Branches
 from cnnjax.pipeline.stages.channels import Channels
 from cnnjax.pipeline.stages.compress import DeepCompression
+from cnnjax.pipeline.stages.constrain import Constrain
 from cnnjax.pipeline.stages.distill import Distill, KeepTeacher, RecallTeacher
 from cnnjax.pipeline.stages.factorize import Factorize, LayerRule
 from cnnjax.pipeline.stages.fisher_distill import FisherDistill
+from cnnjax.pipeline.stages.layerwise import Layerwise
 from cnnjax.pipeline.stages.pretrained import Pretrained
 from cnnjax.pipeline.stages.prune import Prune
 from cnnjax.pipeline.stages.quantize import Quantize
+from cnnjax.pipeline.stages.reconstruct import Reconstruct
 from cnnjax.pipeline.stages.sparse_training import (
     Gates,
     Proximal,
@@ -20,7 +24,9 @@ from cnnjax.pipeline.stages.sparse_training import (
 from cnnjax.pipeline.stages.train import Train
 
 __all__ = [
+    "Branches",
     "Channels",
+    "Constrain",
     "DeepCompression",
     "Distill",
     "Factorize",
@@ -28,11 +34,13 @@ __all__ = [
     "Gates",
     "KeepTeacher",
     "LayerRule",
+    "Layerwise",
     "Pretrained",
     "Proximal",
     "Prune",
-    "RecallTeacher",
     "Quantize",
+    "RecallTeacher",
+    "Reconstruct",
     "ShrinkDead",
     "Surgery",
     "Threshold",
