@@ -37,6 +37,7 @@ from cnnjax.factorization.denton import (
     monochromatic_conv,
     unbicluster,
 )
+from cnnjax.factorization.effects import LayerEffect, layer_effects
 from cnnjax.factorization.latency import Measured, keep_faster, time_pair
 from cnnjax.factorization.layerwise import factorize_layerwise
 from cnnjax.factorization.matrix import (
@@ -73,7 +74,6 @@ from cnnjax.factorization.rules import (
     Spatial,
     Tucker2,
 )
-from cnnjax.factorization.sensitivity import LayerEffect, layer_effects
 from cnnjax.factorization.sites import Site, find_sites, response_moments
 from cnnjax.factorization.spatial import (
     compose_scheme1,
