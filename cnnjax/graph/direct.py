@@ -25,19 +25,18 @@ import jax
 import numpy as np
 
 from cnnjax.graph import elementwise, movement
-from cnnjax.graph.ledger import Ledger
+from cnnjax.graph.ledger import HERE, Ledger
 from cnnjax.graph.values import Value, constant, opaque
 from cnnjax.graph.walk import constant_of, equation
 
 try:
     from jax._src import core
-    from jax._src.source_info_util import current
 
     _Trace, _Tracer = core.Trace, core.Tracer
     available = all(hasattr(core, n) for n in ("set_current_trace", "typeof", "ShapedArray"))
 except (ImportError, AttributeError):  # another JAX
     available = False
-    core, current = None, None  # type: ignore[assignment]
+    core = None  # type: ignore[assignment]
     _Trace = _Tracer = object  # type: ignore[assignment,misc]
 
 
@@ -101,7 +100,7 @@ class LabelTrace(_Trace):
         if primitive.name in ("slice", "split"):
             _whole(vals[0], avals)
         ledger = self.ledger
-        ledger.info = current()
+        ledger.info = HERE
         outs = equation(ledger, _Equation(primitive, params, avals), vals)
         out = [Labelled(self, a, v) for a, v in zip(avals, outs)]
         return out if many else out[0]
@@ -138,7 +137,7 @@ def _binary(name: str, method: str, swap: bool = False) -> Any:
                 shape = _broadcast(mine.shape, theirs.shape)
                 if shape is not None:
                     pair = [other.value, self.value] if swap else [self.value, other.value]
-                    return _elementwise(self._trace, name, pair, shape, mine)
+                    return apply_elementwise(self._trace, name, pair, shape, mine)
         elif (
             (type(other) is float or type(other) is int)
             and mine.dtype in _FLOATS
@@ -148,15 +147,18 @@ def _binary(name: str, method: str, swap: bool = False) -> Any:
         ):
             scalar = constant(np.asarray(other, mine.dtype))
             pair = [scalar, self.value] if swap else [self.value, scalar]
-            return _elementwise(self._trace, name, pair, mine.shape, mine)
+            return apply_elementwise(self._trace, name, pair, mine.shape, mine)
         return slow(self, other)  # type: ignore[misc]
 
     return op
 
 
-def _elementwise(trace: LabelTrace, name: str, vals: list[Value], shape: Any, like: Any) -> Any:
+def apply_elementwise(
+    trace: LabelTrace, name: str, vals: list[Value], shape: Any, like: Any
+) -> Any:
+    """An elementwise operation of operands that need no promotion; the result is like ``like``."""
     ledger = trace.ledger
-    ledger.info = current()
+    ledger.info = HERE
     for v in vals:
         if v.const is not None and v.const.size == 1:
             ledger.literals.append((float(v.const.reshape(-1)[0]), ledger.info))
@@ -223,7 +225,7 @@ class Labelled(_Tracer):
         if new == old:
             return self
         trace = self._trace
-        trace.ledger.info = current()
+        trace.ledger.info = HERE
         out = movement.reshape(trace.ledger, {}, [self.value], new)
         return Labelled(trace, trace.aval(new, self.aval), out)
 
@@ -260,10 +262,12 @@ def run(
         weak = bool(getattr(a, "weak_type", False))
         return Labelled(trace, core.ShapedArray(tuple(a.shape), dtype, weak_type=weak), value)
 
+    from cnnjax.graph.shortcuts import shortcuts  # which needs this file's classes
+
     try:
         leaves = [tracer(a, ledger.variable(path, tuple(a.shape))) for path, a in variables]
         args = [tracer(a, opaque(tuple(a.shape), "the model's input", act=True)) for a in arrays]
-        with core.set_current_trace(trace):
+        with core.set_current_trace(trace), shortcuts():
             outs = fn(jax.tree.unflatten(treedef, leaves), *jax.tree.unflatten(inner, args))
         return [trace.value(out) for out in jax.tree.leaves(outs)]
     except Exception:  # whatever it is, the jaxpr's own reading says it better, or has none

@@ -11,6 +11,7 @@ from jax._src import source_info_util
 from cnnjax.graph.types import Source
 from cnnjax.graph.values import Comp, Value
 
+HERE: Any = object()  # instead of an equation's source: the stack that is running
 STAY = 0  # node of positions that can't go
 
 
@@ -120,8 +121,17 @@ class Ledger:
         self.literals: list[tuple[float, Any]] = []
         self.located = True  # whether equations' own lines are to be believed
         self.rearranged = False  # whether the slice being read is put back in another order
-        self.info: Any = None  # of the equation being read
+        self.info = None  # of the equation being read
         self._seen: set[tuple[Any, ...]] = set()
+
+    @property
+    def info(self) -> Any:
+        """Where the equation that is read was written; taken from the stack when asked for."""
+        return source_info_util.current() if self._info is HERE else self._info
+
+    @info.setter
+    def info(self, value: Any) -> None:
+        self._info = value
 
     # -- nodes --------------------------------------------------------------------------------
 

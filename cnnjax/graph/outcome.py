@@ -93,7 +93,7 @@ def groups_of(axes, group_of_atom, names, constraints, statistics) -> tuple[Grou
     members: list[list[Key]] = [[] for _ in names]
     producers: list[list[Key]] = [[] for _ in names]
     for key, axis in axes.items():
-        for g in np.unique(group_of_atom[axis.atoms]).tolist():
+        for g in sorted({*group_of_atom[axis.atoms].tolist()}):
             members[g].append(key)
             if not axis.consumer:
                 producers[g].append(key)

@@ -127,7 +127,7 @@ def solve(
     seen = np.zeros(count, np.int64)
     for key, c in own.items():
         if key not in table_keys:
-            seen[np.unique(c)] += 1
+            seen[c] += 1  # once, however often a class comes
     lonely = free & (seen < 2)
     free &= ~lonely
 
@@ -207,12 +207,11 @@ def _signatures(ledger, own, consumer, free, table_keys, count):
         code = rng.integers(1, 1 << 62, dtype=np.uint64)
         if key in table_keys:
             continue
-        unique = np.unique(c)
-        every[unique] += code
+        every[c] += code  # once, however often a class comes
         if not consumer[key]:
-            signature[unique] += code
+            signature[c] += code
             at = when.get(key[0].rpartition("/")[0], when.get(key[0], 1 << 30))
-            order[unique] = np.minimum(order[unique], at)
+            order[c] = np.minimum(order[c], at)
     signature = np.where(signature == 0, every, signature)
     return signature, order, when
 
@@ -229,10 +228,9 @@ def _number(own, consumer, free, signature, order, table_keys, when):
         # the first producer in program order names a group; its kernel before its bias
         at = when.get(key[0].rpartition("/")[0], when.get(key[0], (1 << 20) - 1))
         score = (consumer[key] << 50) + (at << 22) + ((key[1] == 0) << 21) + rank
-        unique, where = np.unique(c, return_index=True)
-        better = score < best[unique]
-        best[unique[better]] = score
-        position[unique[better]] = where[better]
+        better = np.flatnonzero(score < best[c])[::-1]  # backwards: the first position stays
+        best[c[better]] = score
+        position[c[better]] = better
         owner[score] = key
     chosen = np.flatnonzero(free)
     group_order: dict[int, tuple[int, int]] = {}

@@ -46,7 +46,11 @@ def evaluation_mode(model: nnx.Module) -> nnx.Module:
 
 def functional(model: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
     """``(fn, variables)`` of an NNX module in evaluation mode: ``fn(variables, *inputs)``."""
-    graphdef, state = nnx.split(model)
+    return functional_parts(*nnx.split(model))
+
+
+def functional_parts(graphdef: Any, state: PyTree) -> tuple[Callable[..., Any], PyTree]:
+    """`functional` of a module that ``nnx.split`` has taken apart already."""
 
     def fn(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         module = nnx.merge(graphdef, variables, copy=True)

@@ -86,8 +86,11 @@ class Axis:
     @property
     def atoms(self) -> np.ndarray:
         """The atoms on this axis, sorted, each once."""
-        found = np.unique(self.labels if self.table is None else self.table)
-        return found[found >= 0]
+        # quicker than np.unique on short arrays, of which there are thousands
+        found = np.sort(self.labels if self.table is None else self.table, axis=None)
+        keep = found >= 0
+        keep[1:] &= found[1:] != found[:-1]
+        return found[keep]
 
     @property
     def prunable(self) -> bool:

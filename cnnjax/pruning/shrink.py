@@ -19,6 +19,7 @@ from flax import nnx
 from cnnjax import surgery
 from cnnjax.graph import Graph, label_check
 from cnnjax.graph.direct import no_collection
+from cnnjax.graph.tracing import functional_parts
 from cnnjax.pruning.keep import Keep, check_keep
 from cnnjax.pruning.proof import program_of, prove_equal
 from cnnjax.tree import flatten, map_with_path
@@ -41,6 +42,7 @@ class Cut:
     index: Mapping[str, Mapping[int, np.ndarray]]
     outputs: Mapping[str, int]
     blank: Any
+    taken: surgery.Parts | None = None  # the shrunk model, taken apart
 
     def __call__(self, path: str, leaf: Any) -> Any:
         """The cut of one array of a variable's shape; works on abstract and traced arrays."""
@@ -116,7 +118,10 @@ def cut(
     blank = surgery.rebuild(
         model, shapes, static=_static(model.model, graph, alive), why="shrink", abstract=True
     )
-    return Cut(*cut_index(graph, label_check(blank, graph, alive)), blank)
+    apart = surgery.parts(blank)
+    fn, variables = functional_parts(apart.graphdef, apart.state)
+    order = label_check(fn, graph, alive, params=variables)
+    return Cut(*cut_index(graph, order), blank, apart)
 
 
 def cut_shapes(graph: Graph, alive: np.ndarray) -> dict[str, jax.ShapeDtypeStruct]:
@@ -174,6 +179,24 @@ def _static(model: nnx.Module, graph: Graph, alive: np.ndarray) -> dict[str, dic
     return out
 
 
+def _cut_all(how: Cut, leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The cut of every leaf; arrays cut on the host go back together, which is faster."""
+    out, host = dict(leaves), {}
+    for path in how.index:
+        leaf = leaves[path]
+        if (
+            isinstance(leaf, jax.Array)
+            and not isinstance(leaf, jax.core.Tracer)
+            and leaf.is_fully_addressable
+            and leaf.sharding.is_fully_replicated
+        ):
+            host[path] = how(path, np.asarray(leaf))
+        else:
+            out[path] = how(path, leaf)
+    where = [leaves[path].sharding for path in host]
+    return {**out, **dict(zip(host, jax.device_put(list(host.values()), where)))}
+
+
 def shrink(
     model: nnx.Module,
     graph: Graph,
@@ -212,7 +235,8 @@ def shrink(
         taken = surgery.parts(model)
         how = cut(taken, graph, alive)
         old = taken.leaves
-        small = surgery.fill(how.blank, {p: how(p, leaf) for p, leaf in old.items()})
+        assert how.taken is not None
+        small = how.taken.build(_cut_all(how, old))
     abstract = any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in old.values())
     statistic = next((g for g in graph.groups if g.statistic and not alive[g.atoms].all()), None)
     if check and abstract:

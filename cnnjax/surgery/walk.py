@@ -93,20 +93,20 @@ class Parts:
 
     model: nnx.Module
     graphdef: Any
-    treedef: Any
+    state: Any
     leaves: dict[str, Any]
 
     def build(self, leaves: Mapping[str, Any]) -> nnx.Module:
         """A new module of the same structure; shares no variable with the original."""
         # the unflattening rebuilds every variable: nnx.merge(graphdef, state) would share them
-        state = jax.tree.unflatten(self.treedef, [leaves[p] for p in self.leaves])
+        state = jax.tree.unflatten(jax.tree.structure(self.state), [leaves[p] for p in self.leaves])
         return nnx.merge(self.graphdef, state)
 
 
 def parts(model: nnx.Module) -> Parts:
     """Takes a model apart."""
     graphdef, state = nnx.split(model)
-    return Parts(model, graphdef, jax.tree.structure(state), flatten(state))
+    return Parts(model, graphdef, state, flatten(state))
 
 
 def map_leaves(model: nnx.Module, fn: Callable[[str, Any], Any]) -> nnx.Module:
