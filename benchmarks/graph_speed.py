@@ -15,7 +15,7 @@ the same run: dependency graph, L1 importance, 50 % of the channels of every gro
 are), ``warm`` the fastest of the later rounds; ``cleared`` the fastest with JAX's caches dropped
 before each. ``jaxpr`` is `jax.make_jaxpr` of the model alone, where reading equations would start.
 The depth series reads and shrinks ResNets (56, 110, 164, 1202 layers) without scanned stages, from
-abstract values: time and memory per block stay the same.
+abstract values. Their memory is the peak while the collector is paused, by `tracemalloc`.
 Written are CPU seconds of this machine and, what carries over, ratios.
 """
 
@@ -111,15 +111,18 @@ def ours(name: str, rounds: int, proof: bool) -> dict[str, Any]:
     return out
 
 
-def theirs(name: str, rounds: int) -> dict[str, Any] | None:
-    """Torch-Pruning's side, in this process; None where it isn't installed."""
+def theirs(name: str, rounds: int, threads: int) -> dict[str, Any] | None:
+    """Torch-Pruning's side, in this process; None where it isn't installed.
+
+    CPU seconds of all threads, and seconds by the clock.
+    """
     try:
         import torch
         import torch_pruning as tp
         import torchvision
     except ImportError:
         return None
-    torch.set_num_threads(1)  # several threads take longer, in CPU time and by the clock
+    torch.set_num_threads(threads)
     clock = time.process_time
     runs = []
     for _ in range(rounds + 1):
@@ -128,29 +131,37 @@ def theirs(name: str, rounds: int) -> dict[str, Any] | None:
         keep = [
             m for m in model.modules() if isinstance(m, torch.nn.Linear) and m.out_features == 1000
         ]
-        t0 = clock()
+        wall, t0 = time.perf_counter(), clock()
         pruner = tp.pruner.MagnitudePruner(
             model, x, importance=tp.importance.MagnitudeImportance(p=1), pruning_ratio=0.5,
             ignored_layers=keep,
         )  # fmt: skip
         t1 = clock()
         pruner.step()
-        runs.append({"graph": t1 - t0, "prune": clock() - t1, "total": clock() - t0})
+        t2 = clock()
+        runs.append({"graph": t1 - t0, "prune": t2 - t1, "total": t2 - t0})
+        runs[-1]["wall"] = time.perf_counter() - wall
         left = sum(p.numel() for p in model.parameters())
     return {
         "cold": runs[0],
         "warm": fastest(runs[1:]),
+        "threads": threads,
         "parameters_left": left,
         "versions": {"torch": torch.__version__, "torchvision": torchvision.__version__},
     }
 
 
-def child(side: str, name: str, rounds: int, proof: bool) -> Any:
-    """One side in a fresh process of one thread."""
+def child(side: str, name: str, rounds: int, proof: bool, threads: int = 1) -> Any:
+    """One side in a fresh process."""
     found = subprocess.run(
         [sys.executable, __file__, "--side", side, "--models", name, "--rounds", str(rounds)]
+        + ["--threads", str(threads)]
         + (["--proof"] if proof else []),
-        env={**os.environ, "OMP_NUM_THREADS": "1", "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": str(threads),
+            "JAX_ENABLE_COMPILATION_CACHE": "false",
+        },
         stdout=subprocess.PIPE,
         check=True,
         text=True,
@@ -198,11 +209,15 @@ class Deep(nnx.Module):
 
 
 def depth(blocks: int) -> dict[str, float]:
-    """Milliseconds and peak Python kilobytes per block, of reading and of the whole way."""
+    """Milliseconds and peak Python kilobytes per block, of reading and of the whole way.
+
+    ``edges_per_block`` grows with the depth by nature: through the skips every layer reads what
+    every block before it adds, and each such pair is an edge of the adjacency.
+    """
     model = Deep(blocks)
     x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
 
-    def whole() -> tuple[float, float]:
+    def whole() -> tuple[float, float, int]:
         t = time.process_time()
         read = graph.trace(model, x)
         reading = time.process_time() - t
@@ -211,9 +226,9 @@ def depth(blocks: int) -> dict[str, float]:
         for group in read.groups:
             half[group.atoms[::2]] = False
         pruning.shrink(model, read, half)
-        return reading, time.process_time() - t
+        return reading, time.process_time() - t, len(read.edges)
 
-    reading, total = whole()
+    reading, total, edges = whole()
     tracemalloc.start()
     whole()
     peak = tracemalloc.get_traced_memory()[1]
@@ -224,6 +239,7 @@ def depth(blocks: int) -> dict[str, float]:
         "trace_ms_per_block": 1000 * reading / blocks,
         "total_ms_per_block": 1000 * total / blocks,
         "peak_kb_per_block": peak / 1024 / blocks,
+        "edges_per_block": edges / blocks,
     }
 
 
@@ -234,12 +250,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--depths", nargs="*", type=int, default=[27, 54, 81, 600])
     parser.add_argument("--proof", action="store_true")
+    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     parser.add_argument("--side", choices=["ours", "theirs"], help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
         (name,) = args.models
         own = args.side == "ours"
-        out = ours(name, args.rounds, args.proof) if own else theirs(name, args.rounds)
+        out = (
+            ours(name, args.rounds, args.proof) if own else theirs(name, args.rounds, args.threads)
+        )
         print(json.dumps(out))
         return
     report: dict[str, Any] = {
@@ -247,7 +266,7 @@ def main() -> None:
         "jax": jax.__version__,
         "weights": "random",
         "input": list(IMAGE),
-        "clock": "CPU seconds of the process, one thread a side",
+        "clock": "CPU seconds of the process, one thread a side (two threads: a row of its own)",
         "cold": "first time in the process, with every compilation; imports are not counted",
         "warm": "fastest later round, JAX's caches kept",
         "cleared": "fastest later round, JAX's caches dropped before it",
@@ -261,6 +280,7 @@ def main() -> None:
         peer = child("theirs", name, args.rounds, False)
         if peer is not None:
             entry["torch_pruning"] = peer
+            entry["torch_pruning_two_threads"] = child("theirs", name, args.rounds, False, 2)
             entry["torch_pruning_over_cnnjax"] = {
                 how: peer[how if how == "cold" else "warm"]["total"] / entry["cnnjax"][how]["total"]
                 for how in ("cold", "warm", "cleared")
