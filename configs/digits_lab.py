@@ -1,9 +1,8 @@
 """Shared by `configs/pruning_digits.py`: 8x8 digits, trained networks, result table.
 
 The networks are those of the calibration that the expected figures come from: an MLP 64-100-50-10
-(He initialization, Adam 1e-3, batch 64,
-60 epochs) and a CNN conv16-conv32-pool-fc64-fc10 (30 epochs), on 1,347 of
-scikit-learn's 1,797 digits; 450 test images, one of which is 0.22 point.
+(He initialization, Adam 1e-3, batch 64, 60 epochs) and a CNN conv16-conv32-pool-fc64-fc10 (30
+epochs), on 1,347 of scikit-learn's 1,797 digits; 450 test images, one of which is 0.22 point.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ Structured methods end in a really smaller network, whose error is the one repor
 the dense network of the same seed is kept with every run. Data: 60,000 and 10,000 images, no
 augmentation; no image of the test set was used to choose anything.
 """
-# ruff: noqa: E501  (the measured block)
+# ruff: noqa: E501, RUF100
 
 # [measured]
 # [/measured]
