@@ -38,7 +38,7 @@ from cnnjax import tree as treelib
 from cnnjax.pruning import gates
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "mnist_methods_lenet_300_100.json"
-KERNELS = ("fc1/kernel", "fc2/kernel", "fc3/kernel")
+KERNELS: tuple[str, ...] = ("fc1/kernel", "fc2/kernel", "fc3/kernel")
 BATCH, CALL = 128, 26  # 18 calls of 26 steps an epoch
 
 

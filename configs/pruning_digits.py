@@ -38,7 +38,7 @@ NOTE = (
     "16-32-64-10; accuracy in percent, mean (min-max) of the seeds; expected: an independent "
     "calibration; one image is 0.22 point"
 )
-KERNELS = ("denses/0/kernel", "denses/1/kernel", "head/kernel")
+KERNELS: tuple[str, ...] = ("denses/0/kernel", "denses/1/kernel", "head/kernel")
 
 
 def adam(rate: float = 1e-3) -> Any:

@@ -268,7 +268,8 @@ def average_percentage_of_zeros(lab: Lab) -> list[Row]:
             "Fisher": fisher["convs"]["1"]["kernel"],
         }
         for name, own in scores.items():
-            found[name].append(float(spearmanr(np.asarray(own), rise)[0]))
+            correlation: Any = spearmanr(np.asarray(own), rise)
+            found[name].append(float(correlation[0]))
     return [Row(f"rank correlation of {n}", None, v, "figure", "") for n, v in found.items()]
 
 
