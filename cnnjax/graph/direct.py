@@ -29,6 +29,9 @@ from cnnjax.graph.ledger import HERE, Ledger
 from cnnjax.graph.values import Value, constant, opaque
 from cnnjax.graph.walk import constant_of, equation
 
+core: Any
+_Trace: Any
+_Tracer: Any
 try:
     from jax._src import core
 
@@ -36,8 +39,8 @@ try:
     available = all(hasattr(core, n) for n in ("set_current_trace", "typeof", "ShapedArray"))
 except (ImportError, AttributeError):  # another JAX
     available = False
-    core = None  # type: ignore[assignment]
-    _Trace = _Tracer = object  # type: ignore[assignment,misc]
+    core = None
+    _Trace = _Tracer = object
 
 
 class _Out:

@@ -96,14 +96,16 @@ def _conv(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
         and self.conv_general_dilated in _CONVS
         and self.in_features % self.feature_group_count == 0
         and len(self.kernel_size) == 2
+        and (self.bias is not None or not self.use_bias)
     ):
         kernel = self.kernel[...]
-        bias = None if self.bias is None else self.bias[...]
+        bias = self.bias[...] if self.use_bias and self.bias is not None else None
         spec = _spec(self)
-        if spec is not None and _plain(kernel) and (not self.use_bias or _plain(bias)):
+        if spec is not None and _plain(kernel) and (bias is None or _plain(bias)):
             out = _convolved(inputs, kernel, spec)
             if out is not None:
-                return out + bias.reshape((1, 1, 1, bias.aval.shape[0])) if self.use_bias else out
+                shape = None if bias is None else (1, 1, 1, bias.aval.shape[0])
+                return out if bias is None else out + bias.reshape(shape)
     return _call_conv(self, inputs, out_sharding)
 
 

@@ -19,7 +19,7 @@ CUT = [
     "chunk_concat",
     "film",
     "fusion",
-    "halves_swapped",
+    "halves_swapped_inline",
     "hard_coded",
     "partial_conv",
     "res2net",
