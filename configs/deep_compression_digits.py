@@ -13,6 +13,10 @@ What `scripts/update_results.py` found in ``configs/results/deep_compression_dig
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 2.25 (1.41-2.82) %, 12.06k non-zeros, 1.00x
+# pruned: error 2.82 (2.54-3.10) %, 1,944 non-zeros, 6.20x
+# coded: error 2.72 (2.25-3.10) %, 1,944 non-zeros, 6.20x
 # [/measured]
 
 from __future__ import annotations

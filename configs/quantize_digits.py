@@ -11,6 +11,9 @@ What `scripts/update_results.py` found in ``configs/results/quantize_digits.json
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 2.25 (1.41-2.82) %, 12.06k non-zeros, 1.00x
+# rounded_and_trained: error 2.54 (1.69-3.10) %, 7,194 non-zeros, 1.68x
 # [/measured]
 
 from __future__ import annotations
