@@ -21,6 +21,10 @@ sparsity (each can be run on its own, in order: the networks are kept in ``--wor
 Results: ``configs/results/deep_compression_resnet56.json``.
 """
 
+# [measured]
+# not run yet
+# [/measured]
+
 from __future__ import annotations
 
 import argparse
@@ -216,34 +220,33 @@ def write(args: argparse.Namespace, base: float, sizes: dict[str, int], rows: li
         "environment": report.environment(),
         "model": "resnet56_cifar, published weights",
         "data": "cifar10_jpeg",
-        "full": args.train_images == 50_000 and args.test_images == 10_000 and args.epochs >= 20,
+        "reduced": args.train_images < 50_000 or args.test_images < 10_000 or args.epochs < 20,
         "images": sizes,
         "settings": settings,
         "published_accuracy": base,
         "curve": sorted(kept + rows, key=lambda r: (r["sparsity"], -r["bits"])),
     }
-    out["table"] = table(out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(out, indent=1) + "\n")
-    os.replace(temporary, args.out)
+    report.write_result(out | table(out), args.out)
 
 
 def table(out: dict[str, Any]) -> dict[str, Any]:
     """What ``scripts/update_results.py`` shows of the result."""
-    extent = "full" if out["full"] else "reduced"
+    extent = "reduced" if out["reduced"] else "full"
     images = out["images"]
     return {
-        "title": "ResNet-56 on the CIFAR-10 copy: file size against accuracy",
+        "format": report.TABLE,
+        "name": "deep_compression_resnet56",
+        "seeds": [out["settings"]["seed"]],
         "note": f"{extent} run: {images['train']:,} training images, {out['settings']['epochs']:g} "
         f"epochs a sparsity, {images['test']:,} test images, seed {out['settings']['seed']}; "
         f"the published weights have {out['published_accuracy']:.2f} % on these images. The ratio "
         "is float32 parameters and statistics over the file. Before: cut and shared without "
-        "training; after: retrained, shared, codebooks tuned.",
-        "header": ["sparsity %", "bits", "file before", "accuracy before %"]
+        "training; after: retrained, shared, codebooks tuned",
+        "header": ["network", "sparsity %", "bits", "file before", "accuracy before %"]
         + ["float32 retrained %", "file after", "ratio after", "accuracy after %"],
         "rows": [
             [
+                f"ResNet-56, {100 * r['sparsity']:g} %, {r['bits']} bits",
                 f"{100 * r['sparsity']:g}",
                 r["bits"],
                 f"{r['before']['file_bytes']:,}",

@@ -10,19 +10,22 @@ weight and activation are both non-zero; the first convolution is ordinary in bo
 
 The defaults are the full run, for an accelerator. Reduced, on one CPU core, 9 and 5 minutes::
 
-    ... --nets winograd --images 10000 --epochs 4 --widths 16 32 64      # then --nets spatial
+    ... --nets winograd --images 8000 --epochs 3 --widths 16 32 64      # then --nets spatial
 
 Results: ``configs/results/winograd_cifar10.json``, written network by network. The reductions "at
 equal accuracy" are interpolated along both curves. Expected: the Winograd net needs fewer
 multiplications than the twin at equal accuracy, and both need far fewer than dense convolution.
 """
 
+# [measured]
+# not run yet
+# [/measured]
+
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
@@ -198,7 +201,7 @@ def write(args: argparse.Namespace, data: Any, name: str, rows: list[dict[str, A
     curves[name] = rows
     out: dict[str, Any] = {
         "environment": report.environment(),
-        "full": args.images is None and args.epochs >= 20 and tuple(args.widths) == WIDTHS,
+        "reduced": args.images is not None or args.epochs < 20 or tuple(args.widths) != WIDTHS,
         "settings": settings,
         "curves": curves,
     }
@@ -208,11 +211,7 @@ def write(args: argparse.Namespace, data: Any, name: str, rows: list[dict[str, A
             {"accuracy": top - less, **{n: reduction_at(c, top - less) for n, c in curves.items()}}
             for less in (0.0, 1.0, 2.0, 4.0)
         ]
-    out["table"] = table(out)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(out, indent=1) + "\n")
-    os.replace(temporary, args.out)
+    report.write_result(out | table(out), args.out)
 
 
 def table(out: dict[str, Any]) -> dict[str, Any]:
@@ -228,12 +227,15 @@ def table(out: dict[str, Any]) -> dict[str, Any]:
             found = f"{r[n]:.2f}x" if r[n] else "not reached"
             rows.append([f"{n}, at equal accuracy", "", f"{r['accuracy']:.2f}", found])
     return {
-        "title": "Winograd-ReLU network beside its spatial twin: multiplications",
-        "note": f"{'Full' if out['full'] else 'Reduced'} run on {s['data']}: "
+        "format": report.TABLE,
+        "name": "winograd_cifar10",
+        "seeds": [s["seed"]],
+        "note": "Winograd-ReLU network beside its spatial twin, "
+        f"{'reduced' if out['reduced'] else 'full'} run on {s['data']}: "
         f"{s['images']['train']:,} training and {s['images']['test']:,} test images, "
         f"{s['epochs']:g} dense epochs and half of it for each sparsity, widths {s['widths']}, "
         f"seed {s['seed']}. The reduction is dense direct convolution over multiplications with "
-        "both factors non-zero.",
+        "both factors non-zero",
         "header": ["network", "weights removed %", "accuracy %", "reduction"],
         "rows": rows,
     }

@@ -141,7 +141,9 @@ def plan_distillation(
     wanted = [pair for pairs in terms.values() for pair in pairs]
     found = iter(taplib.pair_features(student, teacher, wanted, *example))
     pairs = {name: tuple(next(found) for _ in globs) for name, globs in terms.items()}
-    names = {k: tuple((p.student, p.teacher) for p in ps) for k, ps in pairs.items() if k != "fsp"}
+    names: dict[str, Any] = {
+        k: tuple((p.student, p.teacher) for p in ps) for k, ps in pairs.items() if k != "fsp"
+    }
     sections = tuple(
         ((a.student, b.student), (a.teacher, b.teacher))
         for a, b in zip(pairs["fsp"][::2], pairs["fsp"][1::2], strict=True)

@@ -100,9 +100,9 @@ def greedy_allocation(
 
     def rate(k: int) -> float:
         if at[k] == 0:
-            return np.inf
+            return float("inf")
         here, there = fronts[k][at[k]], fronts[k][at[k] - 1]
-        return (gains[k][here] - gains[k][there]) / (costs[k][here] - costs[k][there])
+        return float((gains[k][here] - gains[k][there]) / (costs[k][here] - costs[k][there]))
 
     rates = [rate(k) for k in range(len(at))]
     while spent > budget * (1 + 1e-12):
