@@ -22,7 +22,13 @@ Results: ``configs/results/deep_compression_resnet56.json``.
 """
 
 # [measured]
-# not run yet
+# reduced run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# ResNet-56, 60 %, 5 bits: sparsity % 60, bits 5, file before 298,725, accuracy before % 84.85, float32 retrained % 87.55, file after 297,340, ratio after 11.5x, accuracy after % 87.00
+# ResNet-56, 60 %, 3 bits: sparsity % 60, bits 3, file before 219,457, accuracy before % 83.75, float32 retrained % 87.55, file after 219,378, ratio after 15.6x, accuracy after % 85.55
+# ResNet-56, 80 %, 5 bits: sparsity % 80, bits 5, file before 183,103, accuracy before % 81.20, float32 retrained % 84.80, file after 182,821, ratio after 18.8x, accuracy after % 84.20
+# ResNet-56, 80 %, 3 bits: sparsity % 80, bits 3, file before 139,799, accuracy before % 78.70, float32 retrained % 84.80, file after 139,481, ratio after 24.6x, accuracy after % 83.15
+# ResNet-56, 90 %, 5 bits: sparsity % 90, bits 5, file before 111,295, accuracy before % 62.00, float32 retrained % 79.35, file after 111,559, ratio after 30.7x, accuracy after % 79.90
+# ResNet-56, 90 %, 3 bits: sparsity % 90, bits 3, file before 86,582, accuracy before % 59.05, float32 retrained % 79.35, file after 86,682, ratio after 39.6x, accuracy after % 77.05
 # [/measured]
 
 from __future__ import annotations
@@ -144,8 +150,8 @@ class Run:
                 )
                 coded = coding.with_codebooks(coded, books)
             tree = coding.expand(coded)
-            # augmented as in training: on the bare training images, which the network has learned
-            # by heart, the statistics come out wrong for any other image
+            # augmented as in training: over bare images the statistics cost 5 points of accuracy on
+            # 2,000 training images that the retraining had not seen
             count = -(-self.args.recalibrate // 250)
             feed = itertools.islice(batches(self.train, 250, self.args.seed), count)
             stats = training.recalibrate_batchnorm(self.network, tree, stats, feed, prepare=prepare)

@@ -11,7 +11,14 @@ What `scripts/update_results.py` found in ``configs/results/digits_tai.json``:
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 0.94 (0.85-1.13) %, 94.31k non-zeros, 1.00x
+# factors: error 1.13 (0.85-1.41) %, 80.49k non-zeros, 1.00x
+# decomposed: error 0.94 (0.85-1.13) %, 80.49k non-zeros, 1.00x
+# separable: error 91.36 (88.73-95.49) %, 80.44k non-zeros, 1.00x
+# constrained: error 1.03 (0.85-1.41) %, 80.70k non-zeros, 1.00x
+# separable_bare: error 92.39 (89.86-97.46) %, 80.29k non-zeros, 1.00x
+# bare: error 1.03 (0.28-1.41) %, 80.49k non-zeros, 1.00x
 # [/measured]
 
 from __future__ import annotations

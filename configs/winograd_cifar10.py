@@ -18,7 +18,23 @@ multiplications than the twin at equal accuracy, and both need far fewer than de
 """
 
 # [measured]
-# not run yet
+# reduced run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# winograd: weights removed % 0, accuracy % 47.14, reduction 4.50x
+# winograd: weights removed % 60, accuracy % 52.01, reduction 9.40x
+# winograd: weights removed % 80, accuracy % 52.30, reduction 16.41x
+# winograd: weights removed % 90, accuracy % 40.85, reduction 29.38x
+# spatial: weights removed % 0, accuracy % 37.15, reduction 2.22x
+# spatial: weights removed % 60, accuracy % 47.44, reduction 4.35x
+# spatial: weights removed % 80, accuracy % 48.60, reduction 7.10x
+# spatial: weights removed % 90, accuracy % 41.69, reduction 11.70x
+# winograd, at equal accuracy: weights removed % , accuracy % 48.60, reduction 19.81x
+# spatial, at equal accuracy: weights removed % , accuracy % 48.60, reduction 7.10x
+# winograd, at equal accuracy: weights removed % , accuracy % 47.60, reduction 20.84x
+# spatial, at equal accuracy: weights removed % , accuracy % 47.60, reduction 7.63x
+# winograd, at equal accuracy: weights removed % , accuracy % 46.60, reduction 21.93x
+# spatial, at equal accuracy: weights removed % , accuracy % 46.60, reduction 8.20x
+# winograd, at equal accuracy: weights removed % , accuracy % 44.60, reduction 24.28x
+# spatial, at equal accuracy: weights removed % , accuracy % 44.60, reduction 9.48x
 # [/measured]
 
 from __future__ import annotations

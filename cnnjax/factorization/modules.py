@@ -17,7 +17,7 @@ from cnnjax.factorization.rules import Ranks, Rule
 from cnnjax.factorization.survey import LayerPlan, spec_of
 
 
-def factor_module(layer: nnx.Conv | nnx.Linear, decided: LayerPlan, key: Any) -> nnx.Sequential:
+def factor_module(layer: nnx.Conv | nnx.Linear, decided: LayerPlan, key: Any) -> nnx.Module:
     """The replacement of one layer."""
     bias = None if layer.bias is None else layer.bias[...]
     if isinstance(layer, nnx.Linear):
@@ -47,7 +47,7 @@ def _compiled_chain(
     return rule.chain(key, kernel, ranks, spec, bias)
 
 
-def chain_module(chain: Chain, like: nnx.Conv) -> nnx.Sequential:
+def chain_module(chain: Chain, like: nnx.Conv) -> nnx.Module:
     """A chain as an ``nnx.Sequential`` of convolutions of the original's class and dtypes.
 
     A plain ``nnx.Conv`` gives `cnnjax.ops.Conv`, which runs 1x1, grouped and depthwise stages in
