@@ -16,19 +16,26 @@ the others, because these weights come from lossless images and gain from the co
 The defaults are the full run, for an accelerator. Reduced, on a CPU core, about 6 minutes for each
 sparsity (each can be run on its own, in order: the networks are kept in ``--work``)::
 
-    ... --sparsities 0.5 --train_images 6000 --epochs 1 --tune_epochs 0.15 --test_images 2000
+    ... --sparsities 0.6 0.8 0.9 --bits 5 3 --train_images 5000 --epochs 1 --tune_epochs 0.15
+        --test_images 2000 --recalibrate 1000
 
 Results: ``configs/results/deep_compression_resnet56.json``.
 """
 
 # [measured]
 # reduced run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
-# ResNet-56, 60 %, 5 bits: sparsity % 60, bits 5, file before 298,725, accuracy before % 84.85, float32 retrained % 87.55, file after 297,340, ratio after 11.5x, accuracy after % 87.00
-# ResNet-56, 60 %, 3 bits: sparsity % 60, bits 3, file before 219,457, accuracy before % 83.75, float32 retrained % 87.55, file after 219,378, ratio after 15.6x, accuracy after % 85.55
-# ResNet-56, 80 %, 5 bits: sparsity % 80, bits 5, file before 183,103, accuracy before % 81.20, float32 retrained % 84.80, file after 182,821, ratio after 18.8x, accuracy after % 84.20
-# ResNet-56, 80 %, 3 bits: sparsity % 80, bits 3, file before 139,799, accuracy before % 78.70, float32 retrained % 84.80, file after 139,481, ratio after 24.6x, accuracy after % 83.15
-# ResNet-56, 90 %, 5 bits: sparsity % 90, bits 5, file before 111,295, accuracy before % 62.00, float32 retrained % 79.35, file after 111,559, ratio after 30.7x, accuracy after % 79.90
-# ResNet-56, 90 %, 3 bits: sparsity % 90, bits 3, file before 86,582, accuracy before % 59.05, float32 retrained % 79.35, file after 86,682, ratio after 39.6x, accuracy after % 77.05
+# ResNet-56, 60 %, 5 bits: sparsity % 60, bits 5, file before 298,725, accuracy before % 84.85,
+#   float32 retrained % 87.55, file after 297,340, ratio after 11.5x, accuracy after % 87.00
+# ResNet-56, 60 %, 3 bits: sparsity % 60, bits 3, file before 219,457, accuracy before % 83.75,
+#   float32 retrained % 87.55, file after 219,378, ratio after 15.6x, accuracy after % 85.55
+# ResNet-56, 80 %, 5 bits: sparsity % 80, bits 5, file before 183,103, accuracy before % 81.20,
+#   float32 retrained % 84.80, file after 182,821, ratio after 18.8x, accuracy after % 84.20
+# ResNet-56, 80 %, 3 bits: sparsity % 80, bits 3, file before 139,799, accuracy before % 78.70,
+#   float32 retrained % 84.80, file after 139,481, ratio after 24.6x, accuracy after % 83.15
+# ResNet-56, 90 %, 5 bits: sparsity % 90, bits 5, file before 111,295, accuracy before % 62.00,
+#   float32 retrained % 79.35, file after 111,559, ratio after 30.7x, accuracy after % 79.90
+# ResNet-56, 90 %, 3 bits: sparsity % 90, bits 3, file before 86,582, accuracy before % 59.05,
+#   float32 retrained % 79.35, file after 86,682, ratio after 39.6x, accuracy after % 77.05
 # [/measured]
 
 from __future__ import annotations

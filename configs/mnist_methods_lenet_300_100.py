@@ -14,9 +14,11 @@ augmentation; no image of the test set was used to choose anything.
 
 # [measured]
 # full run, seeds 0; 2 CPU cores, 1 x cpu, jax 0.10.2
-# surgery: dense 1.73, error 1.72, published 1.99, left 6.09x, published left 56x (Guo et al. 2016), seeds 1
+# surgery: dense 1.73, error 1.72, published 1.99, left 6.09x, published left 56x (Guo et al.
+#   2016), seeds 1
 # merging_50: dense 1.73, error 4.70, published , left 2.12x, published left , seeds 1
-# merging_84: dense 1.73, error 34.97, published , left 6.90x, published left 85 % removed (Srinivas & Babu 2015), seeds 1
+# merging_84: dense 1.73, error 34.97, published , left 6.90x, published left 85 % removed
+#   (Srinivas & Babu 2015), seeds 1
 # [/measured]
 
 from __future__ import annotations

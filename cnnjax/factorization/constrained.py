@@ -73,9 +73,7 @@ def constrain_low_rank(
     return out
 
 
-def _module(
-    layer: nnx.Conv, entry: LayerPlan, start: str, norm: bool, last: bool, key: Any
-) -> Any:
+def _module(layer: nnx.Conv, entry: LayerPlan, start: str, norm: bool, last: bool, key: Any) -> Any:
     spec = spec_of(layer, entry.path)
     kernel = layer.kernel[...]
     bias = None if layer.bias is None or (last and start != "weights") else layer.bias[...]

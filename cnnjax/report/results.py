@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -149,7 +150,10 @@ def header_lines(record: Mapping[str, Any]) -> list[str]:
     if record["format"] == TABLE:
         names = record["header"][1:]
         for name, *cells in record["rows"]:
-            lines.append(f"# {name}: " + ", ".join(f"{n} {c}" for n, c in zip(names, cells)))
+            text = f"{name}: " + ", ".join(f"{n} {c}" for n, c in zip(names, cells))
+            lines += textwrap.wrap(
+                text, 98, initial_indent="# ", subsequent_indent="#   ", break_long_words=False
+            )
         return lines
     for s in record["stages"]:
         published = record.get("expected", {}).get(s["name"], {})
