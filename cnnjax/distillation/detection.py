@@ -18,7 +18,7 @@ from cnnjax.distillation.detection_losses import (
     detection_classification,
     smooth_l1,
 )
-from cnnjax.distillation.teachers import Targets, Teacher
+from cnnjax.distillation.teachers import Teacher, teaching
 
 _FORMS = ("l2", "l1")
 _MATCH = detection.MatchConfig()
@@ -203,7 +203,7 @@ def detection_distillation_loss(
         if not c.taught:
             each = detection_classification(b.logits, b.logits, b.labels, 1.0, 1.0, b.counted)
             return each + c.regression * location, {"classification": each, **metrics}
-        targets = _teaching(teacher, plan, batch, context, batch[image])
+        targets = teaching(teacher, plan.teacher_taps, batch, context, batch[image])
         if targets.logits.shape != raw.shape:
             raise ValueError(
                 f"the student's output {raw.shape} and the teacher's {targets.logits.shape} "
@@ -226,30 +226,6 @@ def detection_distillation_loss(
         return total, metrics
 
     return loss
-
-
-def _teaching(
-    teacher: Teacher | None,
-    plan: DetectionPlan,
-    batch: Mapping[str, Any],
-    context: Any,
-    images: Any,
-) -> Targets:
-    """From the batch where it was cached, else by running the teacher."""
-    if "teacher_logits" in batch:
-        names = {path: f"teacher_feature/{path}" for path in plan.teacher_taps}
-        for path, name in names.items():
-            if name not in batch:
-                raise ValueError(f"the cached targets hold no features of {path!r}; cache them")
-        found = {path: batch[name] for path, name in names.items()}
-        return jax.lax.stop_gradient(Targets(batch["teacher_logits"], found))
-    constants = context.constants
-    if teacher is None or not isinstance(constants, Mapping) or "teacher" not in constants:
-        raise ValueError(
-            "no teacher: give detection_distillation_loss a Teacher and the step "
-            "constants={'teacher': teacher.constants}, or batches with cached targets"
-        )
-    return teacher(constants["teacher"], images)
 
 
 def _active(b: detection.AnchorBatch, teacher: Any, margin: float) -> Any:

@@ -15,9 +15,9 @@ from cnnjax.distillation.gradients import gradient_attention
 from cnnjax.distillation.logits import dkd, logit_regression, soft_targets
 from cnnjax.distillation.maps import attention_transfer, fsp, hint
 from cnnjax.distillation.neurons import neuron_mimic
-from cnnjax.distillation.objective import DistillConfig, _targets
+from cnnjax.distillation.objective import DistillConfig
 from cnnjax.distillation.planning import Plan
-from cnnjax.distillation.teachers import Teacher
+from cnnjax.distillation.teachers import Teacher, teaching
 
 
 def distillation_loss(
@@ -82,7 +82,7 @@ def distillation_loss(
             metrics["hard"] = training.weighted_mean(each, weight)
             total += c.hard * metrics["hard"]
         if c.taught:
-            targets = _targets(teacher, plan, batch, context, image)
+            targets = teaching(teacher, plan.teacher_taps, batch, context, batch[image])
             if c.soft != "none" and c.soft_weight:
                 metrics["soft"] = _soft(c, logits, targets.logits, batch.get(label), weight)
                 total += _soft_weight(c, context.step, total_steps) * metrics["soft"]

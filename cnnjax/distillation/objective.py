@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-
 from cnnjax.distillation.logits import check_temperature
-from cnnjax.distillation.teachers import Targets, Teacher
 from cnnjax.errors import did_you_mean
 
 SOFT = ("none", "kd", "dkd", "logits")
@@ -153,22 +149,3 @@ class DistillConfig:
     def stage_two(self) -> DistillConfig:
         """Everything but hints, FSP and neurons, for the second of two stages."""
         return dataclasses.replace(self, **_OFF)
-
-
-def _targets(
-    teacher: Teacher | None, plan: Any, batch: Mapping[str, Any], context: Any, image: str
-) -> Targets:
-    if "teacher_logits" in batch:
-        names = {path: f"teacher_feature/{path}" for path in plan.teacher_taps}
-        for path, name in names.items():
-            if name not in batch:
-                raise ValueError(f"the cached targets hold no features of {path!r}; cache them")
-        found = {path: batch[name] for path, name in names.items()}
-        return jax.lax.stop_gradient(Targets(batch["teacher_logits"], found))
-    constants = context.constants
-    if teacher is None or not isinstance(constants, Mapping) or "teacher" not in constants:
-        raise ValueError(
-            "no teacher: give distillation_loss a Teacher and the step "
-            "constants={'teacher': teacher.constants}, or batches with cached targets"
-        )
-    return teacher(constants["teacher"], batch[image])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -144,6 +144,41 @@ class Teacher:
 
 
 jax.tree_util.register_dataclass(Targets, ["logits", "features"], [])
+
+
+def teaching(
+    teacher: Teacher | None,
+    taps: Sequence[str],
+    batch: Mapping[str, Any],
+    context: Any,
+    images: Any,
+) -> Targets:
+    """The targets of a batch: from the batch where they were cached, else by running the teacher.
+
+    Args:
+      teacher: None where the targets are cached.
+      taps: paths of the teacher's features that the loss wants.
+      batch: may hold ``teacher_logits`` and ``teacher_feature/PATH``.
+      context: the step's; its ``constants["teacher"]`` are ``Teacher.constants``.
+      images: (n, height, width, channels), for the teacher.
+
+    Raises:
+      ValueError: neither a teacher nor its cached targets, or targets without these features.
+    """
+    if "teacher_logits" in batch:
+        names = {path: f"teacher_feature/{path}" for path in taps}
+        for path, name in names.items():
+            if name not in batch:
+                raise ValueError(f"the cached targets hold no features of {path!r}; cache them")
+        found = {path: batch[name] for path, name in names.items()}
+        return jax.lax.stop_gradient(Targets(batch["teacher_logits"], found))
+    constants = context.constants
+    if teacher is None or not isinstance(constants, Mapping) or "teacher" not in constants:
+        raise ValueError(
+            "no teacher: give the distillation loss a Teacher and the step "
+            "constants={'teacher': teacher.constants}, or batches with cached targets"
+        )
+    return teacher(constants["teacher"], images)
 
 
 def _classes(model: nnx.Module, example: Any) -> int:
