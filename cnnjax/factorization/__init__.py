@@ -25,6 +25,7 @@ from cnnjax.factorization.compose import compose_chain, data_reconstruct
 from cnnjax.factorization.constrained import constrain_low_rank
 from cnnjax.factorization.cp import CPInfo, best_of, compose_cp, cp_als, cp_tpm
 from cnnjax.factorization.cp_nls import cp_nls
+from cnnjax.factorization.cp_rules import CP, Scheme1
 from cnnjax.factorization.denil import (
     PredictedLinear,
     prediction_dictionary,
@@ -64,13 +65,11 @@ from cnnjax.factorization.response import (
     response_low_rank,
 )
 from cnnjax.factorization.rules import (
-    CP,
     EVBMF,
     Basis,
     Energy,
     MacsRatio,
     Rule,
-    Scheme1,
     Spatial,
     Tucker2,
 )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cnnjax.errors import did_you_mean
-from cnnjax.factorization import rules
+from cnnjax.factorization import cp_rules, rules
 from cnnjax.factorization.asymmetric import Asymmetric3D
 from cnnjax.factorization.trains import DualBasis, TensorTrain
 
@@ -20,16 +20,16 @@ _RULES: dict[str, tuple[Callable[..., rules.Rule], dict[str, Any]]] = {
     "dual_basis": (DualBasis, {}),
     "spatial": (rules.Spatial, {}),
     "spatial_svd": (rules.Spatial, {}),
-    "jaderberg_scheme1": (rules.Scheme1, {}),
+    "jaderberg_scheme1": (cp_rules.Scheme1, {}),
     "jaderberg_scheme2": (rules.Spatial, {}),
-    "scheme1": (rules.Scheme1, {}),
+    "scheme1": (cp_rules.Scheme1, {}),
     "tucker2": (rules.Tucker2, {}),
     "tensor_train": (TensorTrain, {}),
-    "cp": (rules.CP, {}),
-    "cp4_conv": (rules.CP, {"solver": "nls"}),
-    "cp_als": (rules.CP, {"solver": "als"}),
-    "cp_nls": (rules.CP, {"solver": "nls"}),
-    "cp_tpm": (rules.CP, {"solver": "tpm"}),
+    "cp": (cp_rules.CP, {}),
+    "cp4_conv": (cp_rules.CP, {"solver": "nls"}),
+    "cp_als": (cp_rules.CP, {"solver": "als"}),
+    "cp_nls": (cp_rules.CP, {"solver": "nls"}),
+    "cp_tpm": (cp_rules.CP, {"solver": "tpm"}),
 }
 _RANKS: dict[str, Callable[[float], Any]] = {
     "energy": rules.Energy,
