@@ -9,13 +9,14 @@ weights of the terms are chosen on the validation scenes by a seed of its own.
 
     python configs/detection_digits.py --workdir runs/detection_digits
 
-About 20 minutes of one core. Every finished part stays in the work folder, and the command goes on
+Every finished part stays in the work folder, and the command goes on
 where it was interrupted. Expected: distilled above alone, and the teacher far above both.
 
 What `scripts/update_results.py` found in ``configs/results/detection_digits.json``:
 """
 
 # [measured]
+# not run to the end yet
 # [/measured]
 
 from __future__ import annotations

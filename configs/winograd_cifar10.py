@@ -8,7 +8,7 @@ weight and activation are both non-zero; the first convolution is ordinary in bo
 
     python configs/winograd_cifar10.py --data_dir DIR [--data cifar10_jpeg] [--epochs 20]
 
-The defaults are the full run, for an accelerator. Reduced, on one CPU core, 9 and 5 minutes::
+The defaults are the full run, for an accelerator. Reduced, minutes on a CPU core::
 
     ... --nets winograd --images 8000 --epochs 3 --widths 16 32 64      # then --nets spatial
 

@@ -265,20 +265,9 @@ def _trace(
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}.{did_you_mean(mode, MODES)}")
     with direct.no_collection():
-        return _graph(fn, variables, inputs, mode, parameters, ties)
-
-
-def _graph(
-    fn: Callable[..., Any],
-    variables: PyTree,
-    inputs: tuple[Any, ...],
-    mode: str,
-    parameters: list[bool] | None,
-    ties: tuple[tuple[str, str, int, str], ...],
-) -> Graph:
-    ledger, shapes, dtypes = analyse(fn, variables, inputs, parameters)
-    for one, other, axis, reason in ties:
-        if (one, axis) in ledger.starts and (other, axis) in ledger.starts:
-            ledger.tie(ledger.nodes((one, axis)), ledger.nodes((other, axis)), reason)
-    graph = solve(ledger, shapes, dtypes, mode)
-    return dataclasses.replace(graph, inputs=tuple(abstract(inputs)))
+        ledger, shapes, dtypes = analyse(fn, variables, inputs, parameters)
+        for one, other, axis, reason in ties:
+            if (one, axis) in ledger.starts and (other, axis) in ledger.starts:
+                ledger.tie(ledger.nodes((one, axis)), ledger.nodes((other, axis)), reason)
+        graph = solve(ledger, shapes, dtypes, mode)
+        return dataclasses.replace(graph, inputs=tuple(abstract(inputs)))

@@ -16,11 +16,9 @@ Conventions for whoever slices leaves (`cnnjax.surgery`, `cnnjax.pruning.shrink`
   the output channels of conv-group q (``table_axis``). `Axis.kept` then has that shape, too.
 * A conv-group whose inputs and outputs are all removed disappears (``feature_group_count`` falls).
 
-How layers behind a custom formulation are found: a function wrapped by ``jax.custom_vjp`` or
-``jax.jit`` whose name starts with ``cnnjax_conv`` (or ``cnnjax_depthwise_conv``,
-``cnnjax_grouped_conv``, ``cnnjax_pointwise_conv``) is read as one convolution
-``(x (N, *S, C), kernel (*K, C/g, O), ...) -> (N, *S', O)``; groups follow from the two shapes,
-strides from the two spatial sizes. What is inside it is never looked at.
+How layers behind a custom formulation are found: an equation of one of the primitives
+``cnnjax_depthwise_conv``, ``cnnjax_grouped_conv`` and ``cnnjax_pointwise_conv`` (`cnnjax.ops`) is
+one convolution ``(x (N, *S, C), kernel (*K, C/g, O), ...) -> (N, *S', O)``.
 """
 
 from __future__ import annotations

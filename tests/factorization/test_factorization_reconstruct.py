@@ -61,9 +61,13 @@ class Deep(nnx.Module):
         return x
 
 
+def make_net():
+    return Net(nnx.Rngs(0))
+
+
 @pytest.fixture(scope="module")
 def net():
-    return Net(nnx.Rngs(0))
+    return make_net()
 
 
 def smooth(seed, n=32, size=10):
@@ -241,6 +245,9 @@ def test_the_result_trains_saves_and_loads(net, tmp_path):
     )(params)
     flat = cnnjax.tree.flatten(gradient)
     assert all(np.abs(np.asarray(flat[f"inner/layers/{k}/kernel"])).max() > 0 for k in range(3))
+    cnnjax.save(tmp_path / "small", small, factory=f"{__name__}:make_net")
+    again = cnnjax.load(tmp_path / "small", factory=make_net)
+    np.testing.assert_array_equal(run(again, x), run(small, x))
 
 
 @pytest.mark.method("asymmetric_3d")
