@@ -14,6 +14,7 @@ from cnnjax.graph.ledger import STAY, Ledger, locate
 from cnnjax.graph.network import Graph
 from cnnjax.graph.solve import identities
 from cnnjax.graph.tracing import analyse, functional
+from cnnjax.graph.twins import Twins
 from cnnjax.graph.types import FIXED, GraphError, Key, LabelError
 
 UNKNOWN = -2
@@ -63,6 +64,7 @@ def label_check(
     check = _Check(graph, alive, ledger)
     check.assign()
     check.group_tables()
+    check.twin_pairs()
     check.relations()
     check.literals()
     return check.index
@@ -106,6 +108,7 @@ class _Check:
     def __init__(self, graph: Graph, alive: np.ndarray, ledger: Ledger) -> None:
         self.graph, self.alive, self.ledger = graph, alive, ledger
         self.ident = identities(ledger)
+        self.twins = Twins(graph.twins, graph.starts, graph.identity, ledger)
         self.label = np.full(int(self.ident.max()) + 1, UNKNOWN, np.int64)
         self.index: dict[Key, np.ndarray] = {}
         none = [np.zeros(0, np.int64)]
@@ -143,15 +146,21 @@ class _Check:
             unknown = known == UNKNOWN
             if unknown.all():
                 order = self.followed(key, cls, kept)
-                self.index[key] = kept = kept[order]
+                kept = kept[order]
+                self.place(key, kept)
                 old = old[order]
                 self.label[cls] = old
                 bad = self.label[cls] != old
                 if bad.any():
                     self.fail(key, int(np.flatnonzero(bad)[0]))
                 continue
+            if self.twins.among(old) and not unknown.any():
+                index = self.twins.order(key, known, kept)
+                if index is not None:
+                    self.place(key, index)
+                    continue
             if np.array_equal(known, old):
-                self.index[key] = kept
+                self.place(key, kept)
                 continue
             if unknown.any():
                 known = self.fill(key, known, old)
@@ -161,8 +170,13 @@ class _Check:
                 self.fail(key, int(a[np.flatnonzero(bad)[0]]))
             index = np.empty_like(kept)
             index[a] = kept[b]
-            self.index[key] = index
+            self.place(key, index)
             self.label[cls] = known
+
+    def place(self, key: Key, index: np.ndarray) -> None:
+        """Decides which old position every position of an axis is."""
+        self.index[key] = index
+        self.twins.assign(key, index)
 
     def followed(self, key: Key, cls: np.ndarray, kept: np.ndarray) -> np.ndarray:
         """Order of a new axis: that of the channels that it is bound to (depthwise), else as is."""
@@ -220,6 +234,14 @@ class _Check:
                     self.fail_at(g.info, f"{path}: conv-group {q} reads other channels than before")
                 index = np.empty(len(at), np.int64)
                 index[a] = at[b]
+                if self.twins.among(row[at]):
+                    # which twin is which: by the positions themselves
+                    nodes = self.graph.table_nodes[key][home]
+                    new_nodes = self.twins.old[g.inputs[q]]
+                    where = {int(nodes[i]): int(i) for i in at}
+                    index = np.array([where.get(int(n), -1) for n in new_nodes], np.int64)
+                    if sorted(index.tolist()) != at.tolist():
+                        self.fail_at(g.info, f"{path}: conv-group {q} reads twins of others")
                 rows.append(index)
             found = np.asarray(rows)
             if key in seen and not np.array_equal(self.index[key], found):
@@ -233,6 +255,14 @@ class _Check:
                 if kept.shape[-1] != size or self.graph.axes[key].table is not None:
                     raise LabelError(f"{key[0]}: no longer read by a grouped convolution")
                 self.index[key] = kept
+
+    def twin_pairs(self) -> None:
+        """Channels that an axis carries twice meet the same partners as before."""
+        if self.twins.mismatch():
+            raise LabelError(
+                "channels that are the same by a sum or product of an array with itself in another "
+                f"order meet other partners than in the original{_hints(self.graph)}"
+            )
 
     def atoms(self, nodes: np.ndarray) -> np.ndarray:
         label = self.label[self.ident[nodes]]

@@ -33,6 +33,9 @@ class Graph:
       identity: per axis the identity of every position: equal where the program makes two
         positions meet. Finer than atoms, which also bind positions that only go together.
       tables: the same for the ``table`` of grouped kernels.
+      table_nodes: the nodes behind ``tables``.
+      starts: first node of every axis.
+      twins: (P, 2) pairs of nodes that meet, of identities that come twice on some axis.
       literals: scalar constants of the program, in order, with their lines' equation info.
       parameters: paths of the trainable variables (running statistics and keys are not).
       notes: the dims that labels had after each reshape, for `cnnjax.graph.label_check`.
@@ -51,6 +54,11 @@ class Graph:
     mode: str = "flexible"
     identity: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     tables: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    table_nodes: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
+    starts: Mapping[Key, int] = dataclasses.field(default_factory=dict, repr=False)
+    twins: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros((0, 2), np.int64), repr=False
+    )
     literals: tuple[tuple[float, Any], ...] = dataclasses.field(default=(), repr=False)
     parameters: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     notes: tuple[Any, ...] = dataclasses.field(default=(), repr=False)

@@ -11,6 +11,7 @@ from scipy.sparse.csgraph import connected_components
 from cnnjax.graph.ledger import STAY, Event, Ledger, locate
 from cnnjax.graph.network import Graph
 from cnnjax.graph.outcome import constraints_of, groups_of, layers_of, products, statistics_of
+from cnnjax.graph.twins import twin_pairs
 from cnnjax.graph.types import FIXED, Axis, Fixed, Key
 
 
@@ -188,6 +189,9 @@ def solve(
         mode=mode,
         identity={k: ident[s : s + ledger.lengths[k]] for k, s in starts},
         tables={k: np.where(g.inputs == STAY, -1, ident[g.inputs]) for k, g in table_keys.items()},
+        table_nodes={k: g.inputs for k, g in table_keys.items()},
+        starts=dict(ledger.starts),
+        twins=twin_pairs(ledger, ident),
         literals=tuple(ledger.literals),
         parameters=ledger.parameters,
         notes=tuple(ledger.notes),

@@ -1,0 +1,81 @@
+"""Channels that one axis carries twice, met in another order later: proved equal or refused."""
+
+from __future__ import annotations
+
+import graph_proof as proof
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from cnnjax import graph as g
+
+X = jax.ShapeDtypeStruct((2, 4, 4, 3), jnp.float32)
+
+
+def flipped(shift):
+    """A sum that makes channels i and 7-i the same; another reader sees them rolled."""
+
+    def program(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        both, rolled = x + x[..., ::-1], jnp.roll(x * p["scale"], shift, -1)
+        return jnp.tanh(both).mean((1, 2)) @ p["a"], jnp.tanh(rolled).mean((1, 2)) @ p["b"]
+
+    return program
+
+
+def rolled(by):
+    """``x + roll(x, by)`` means something else at another width."""
+
+    def program(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = x * p["scale"]
+        return jnp.tanh(x + jnp.roll(x, by, -1)).mean((1, 2)) @ p["a"], x.mean((1, 2)) @ p["b"]
+
+    return program
+
+
+def params():
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 3, 8), "scale": (8,), "a": (8, 3), "b": (8, 3)}
+    return {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+
+
+def compare(program, alive_of):
+    tree = params()
+    graph = g.trace_fn(program, tree, X)
+    alive = alive_of(graph)
+    small = proof.shrink_tree(program, tree, graph, alive)
+    assert small["conv"].shape[-1] < 8
+    image = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
+    run = jax.jit(program)
+    proof.assert_equal(run(small, image), run(proof.gate_tree(tree, graph, alive), image))
+
+
+@pytest.mark.parametrize("shift", [1, 3, -2])
+@pytest.mark.parametrize("gone", [(0,), (2,), (1, 3)])
+def test_twins_are_told_apart(shift, gone):
+    def alive_of(graph):
+        alive = np.ones(graph.num_atoms, bool)
+        alive[graph.axes["conv", 3].labels[list(gone)]] = False
+        return alive
+
+    compare(flipped(shift), alive_of)
+
+
+@pytest.mark.parametrize("by", [2, 4])
+def test_a_sum_with_another_partner_is_refused(by):
+    """Both identities and atoms agree here; only the pairs show the other function."""
+
+    def alive_of(graph):
+        alive = np.ones(graph.num_atoms, bool)
+        alive[graph.axes["conv", 3].labels[1]] = False
+        assert 0 < graph.axes["conv", 3].alive(alive).sum() < 8
+        return alive
+
+    with pytest.raises(g.LabelError, match="meets? other"):
+        compare(rolled(by), alive_of)
