@@ -195,4 +195,5 @@ def test_five_hundred_random_programs(part):
         seen[word] = seen.get(word, 0) + 1
 
     run()
-    assert seen["equal"] >= 80, seen
+    # the rest: nothing that may go, or a random choice that leaves a reshape or a group uneven
+    assert seen["equal"] >= 60 and seen.get("refused", 0) <= 20, seen
