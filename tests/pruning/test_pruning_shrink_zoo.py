@@ -37,7 +37,11 @@ def traced(name):
 def proved(name, ratio, seed, scope="layer"):
     """Shrinks with random scores; the numeric check runs inside wherever it applies."""
     model, _, graph = traced(name)
-    scores = importance.random(nnx.state(model, nnx.Param), jax.random.key(seed))
+    params = nnx.state(model, nnx.Param)
+    scores = importance.random(params, jax.random.key(seed))
+    if name == "raw_nchw":  # channels first: a score for every weight
+        rng = np.random.default_rng(seed)
+        scores = importance.l1(jax.tree.map(lambda a: rng.normal(size=a.shape), params))
     keep = pruning.select_channels(graph, scores, ratio=ratio, scope=scope, min_width=1,
                                    statistics=zoo.CASES[name].statistic)  # fmt: skip
     small = pruning.shrink(model, graph, keep)
