@@ -5,6 +5,7 @@ Counts are measured on the network at hand; nothing is typed in.
 
 from __future__ import annotations
 
+from cnnjax.report.compare import compare, comparison_table
 from cnnjax.report.cost import effective_macs, measure, sparse_bytes
 from cnnjax.report.environment import environment
 from cnnjax.report.plots import plot_curve
@@ -30,6 +31,8 @@ from cnnjax.report.tables import (
 __all__ = [
     "FORMAT",
     "TABLE",
+    "compare",
+    "comparison_table",
     "effective_macs",
     "environment",
     "human",

@@ -45,7 +45,7 @@ def markdown_table(header: Row, rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def human(count: float) -> str:
+def human(count: float | int) -> str:
     """A count with three or four significant digits: 266610 -> '266.6k'."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e4)):
         if abs(count) >= size:
