@@ -124,6 +124,7 @@ def run_table(result: Mapping[str, Any]) -> str:
 _SURGERY = {
     "accuracy % before": ("accuracy_before", 100.0, ""),
     "shrunk": ("accuracy_after_shrinking", 100.0, ""),
+    "recalibrated": ("accuracy_after_recalibration", 100.0, ""),
     "fine-tuned": ("accuracy_after_fine_tuning", 100.0, ""),
     "MACs left": ("macs_share", 1.0, "x"),
     "parameters left": ("params_share", 1.0, "x"),

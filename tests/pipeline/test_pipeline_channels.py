@@ -57,6 +57,7 @@ def test_half_of_the_macs(tmp_path):
         ({"macs": 1.5}, "macs is 1.5"),
         ({"macs": 0.5, "ratio": 0.5}, "one of macs and ratio"),
         ({"macs": 0.0}, "one of macs and ratio"),
+        ({"recalibrate": -1}, "recalibrate is -1"),
     ],
 )
 def test_bad_settings(options, message):

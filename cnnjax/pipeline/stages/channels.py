@@ -14,6 +14,7 @@ from cnnjax import graph, pruning, training
 from cnnjax.errors import did_you_mean
 from cnnjax.pipeline.context import Context, Recipe
 from cnnjax.pipeline.registry import Carry, Outcome, stage
+from cnnjax.pipeline.stages.factorize import recalibrated
 
 _SCORES = ("l1", "l2", "bn_scale", "random")
 _SCOPES = ("layer", "global", "isomorphic")
@@ -34,6 +35,8 @@ class Channels:
       round_to: widths become multiples of this, or stay whole.
       min_width: no group becomes narrower; 0: no limit beyond one channel.
       exclude: globs of variables or groups that stay whole.
+      recalibrate: training images whose BatchNorm statistics the shrunk network takes over before
+        it is fine-tuned; 0: keeps the original's, which belong to wider layers.
       speed_batch: images per call when the speed-up is measured; 0: don't measure.
     """
 
@@ -46,6 +49,7 @@ class Channels:
     round_to: int = 1
     min_width: int = 0
     exclude: tuple[str, ...] = ()
+    recalibrate: int = 0
     speed_batch: int = 32
     restructures = True
 
@@ -57,6 +61,8 @@ class Channels:
         for field in ("macs", "ratio"):
             if not 0 <= getattr(self, field) < 1:
                 raise ValueError(f"{field} is {getattr(self, field)}; expected a share in [0, 1)")
+        if self.recalibrate < 0:
+            raise ValueError(f"recalibrate is {self.recalibrate}; expected a number of images")
         if (self.macs == 0) == (self.ratio == 0):
             raise ValueError(f"give one of macs and ratio, not {self.macs} and {self.ratio}")
 
@@ -75,6 +81,9 @@ class Channels:
             "accuracy_before": _accuracy(model, context),
             "accuracy_after_shrinking": _accuracy(small, context),
         }
+        if self.recalibrate:
+            small = training.set_mode(recalibrated(small, context, self.recalibrate), train=False)
+            accuracy["accuracy_after_recalibration"] = _accuracy(small, context)
         costs = {
             "macs_share": graph.profile(small, image).macs / graph.profile(model, image).macs,
             "params_share": graph.profile(small, image).params / graph.profile(model, image).params,
