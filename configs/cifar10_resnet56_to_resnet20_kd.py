@@ -74,7 +74,7 @@ def get_config() -> Any:
     )
     attention = DistillConfig(hard=1.0, soft="none", attention_beta=1e3, attention=ENDS)
     fsp = DistillConfig(hard=1.0, soft="none", fsp_weight=1e-2, fsp=SECTIONS)
-    dkd = DistillConfig(hard=1.0, soft="dkd", soft_weight=1.0, dkd_beta=8.0)
+    dkd = DistillConfig(hard=1.0, soft="dkd", soft_weight=1.0, dkd_beta=2.0)
     return pipeline.config_dict(
         "cifar10_resnet56_to_resnet20_kd",
         model=TEACHER,
