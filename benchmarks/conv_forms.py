@@ -65,11 +65,19 @@ CASES = [
     (8, 7, 320, 1280, 1, 1, 1),
     (1, 14, 512, 512, 1, 1, 1),
     (32, 16, 64, 64, 1, 1, 1),
+    # dense kernels on maps smaller than they are, and just large enough: CIFAR VGG, Inception
+    (32, 1, 256, 256, 3, 1, 1),
+    (1, 2, 512, 512, 3, 1, 1),
+    (32, 2, 512, 512, 3, 1, 1),
+    (32, 4, 256, 256, 3, 2, 1),
+    (32, 4, 512, 512, 3, 1, 1),
+    (32, 4, 128, 128, 5, 1, 1),
 ]
 FORMS = {
     "depthwise": ("native", "shift"),
     "grouped": ("native", "dot"),
     "pointwise": ("native", "dot"),
+    "dense": ("native", "dot"),
 }
 
 
@@ -154,6 +162,8 @@ NETWORKS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("shufflenet_v1_g3", 96, 8, {}),
     ("resnet50", 96, 8, {}),
     ("cic", 32, 8, {}),
+    ("vgg16_cifar", 32, 8, {}),
+    ("resnext50_32x4d", 96, 8, {}),
 ]
 
 

@@ -17,8 +17,9 @@ Conventions for whoever slices leaves (`cnnjax.surgery`, `cnnjax.pruning.shrink`
 * A conv-group whose inputs and outputs are all removed disappears (``feature_group_count`` falls).
 
 How layers behind a custom formulation are found: an equation of one of the primitives
-``cnnjax_depthwise_conv``, ``cnnjax_grouped_conv`` and ``cnnjax_pointwise_conv`` (`cnnjax.ops`) is
-one convolution ``(x (N, *S, C), kernel (*K, C/g, O), ...) -> (N, *S', O)``.
+``cnnjax_depthwise_conv``, ``cnnjax_grouped_conv``, ``cnnjax_pointwise_conv`` and
+``cnnjax_dense_conv`` (`cnnjax.ops`) is one convolution
+``(x (N, *S, C), kernel (*K, C/g, O), ...) -> (N, *S', O)``.
 """
 
 from __future__ import annotations

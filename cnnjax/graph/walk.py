@@ -47,6 +47,7 @@ _MOVES: dict[str, Callable[..., Value]] = {
     "cnnjax_depthwise_conv": contraction.own_conv,
     "cnnjax_grouped_conv": contraction.own_conv,
     "cnnjax_pointwise_conv": contraction.own_conv,
+    "cnnjax_dense_conv": contraction.own_conv,
 }
 
 _FOLDS: dict[str, Callable[..., Any]] = {

@@ -4,7 +4,9 @@ The rules follow ``benchmarks/conv_forms.py`` (its ratios: ``benchmarks/results/
 measured with XLA:CPU. There the native depthwise convolution is 2 to 80 times slower than shifted
 multiply-adds, the native kernel gradient of a grouped convolution 8 to 200 times slower than one
 matrix product a group, and 1x1 convolutions gain up to 4 times in the backward pass as matrix
-products. On GPU and TPU the native form stands until a measurement there beats it.
+products. A dense convolution whose kernel has more taps than its map has pixels (3x3 on 2x2, as in
+the last stage of a CIFAR VGG) leaves XLA's fast path: 10 to 30 times slower than matrix products.
+On GPU and TPU the native form stands until a measurement there beats it.
 """
 
 from __future__ import annotations
@@ -17,10 +19,16 @@ BY_KIND = {
     "depthwise": ("native", "shift", "dot"),
     "grouped": ("native", "dot"),
     "pointwise": ("native", "dot"),
-    "dense": ("native",),
+    "dense": ("native", "dot"),
 }
 _FEW_CHANNELS = 12  # a group this narrow wastes a matrix product
 _MANY_TAPS = 25  # a product a tap: too many passes over the output
+
+
+def is_cramped(spec: ConvSpec, size: tuple[int, int], kernel: tuple[int, int]) -> bool:
+    """Whether a dense convolution's kernel has more taps than its input or output has pixels."""
+    out = spec.out_size(size, kernel)
+    return kernel[0] * kernel[1] > min(size[0] * size[1], out[0] * out[1])
 
 
 def choose(
@@ -45,9 +53,13 @@ def choose(
     Returns:
       ``"native"``, ``"shift"`` or ``"dot"``.
     """
-    del a_shape
-    if platform != "cpu" or kind == "dense":
+    if platform != "cpu":
         return "native"
+    if kind == "dense":
+        area = a_shape[1] * a_shape[2]
+        if part == "kernel_grad":  # one pixel: eight of nine taps see padding alone
+            return "dot" if area == 1 else "native"
+        return "dot" if b_shape[0] * b_shape[1] > area else "native"
     if kind == "depthwise":
         return "shift"
     if kind == "pointwise" or part == "kernel_grad":

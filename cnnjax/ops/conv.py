@@ -4,12 +4,13 @@ Every function here computes the same numbers as ``lax.conv_general_dilated`` (t
 float32), values and gradients, for all strides, pads, dilations and groups.
 
 **How to recognise these convolutions in a jaxpr.** :func:`conv` appears as one call of a
-``jax.jit`` function whose name starts with ``cnnjax_depthwise_conv``, ``cnnjax_grouped_conv`` or
-``cnnjax_pointwise_conv``: an equation with ``params["name"]`` of that name, inputs ``x`` (NHWC) and
-``kernel`` (HWIO), output NHWC. Inside it is one equation of a primitive of the same name.
+``jax.jit`` function whose name starts with ``cnnjax_depthwise_conv``, ``cnnjax_grouped_conv``,
+``cnnjax_pointwise_conv`` or ``cnnjax_dense_conv``: an equation with ``params["name"]`` of that
+name, inputs ``x`` (NHWC) and ``kernel`` (HWIO), output NHWC. Inside it is one equation of a
+primitive of the same name.
 :func:`cnnjax.ops.recognise` takes either equation and returns the :class:`ConvSpec` (strides,
 explicit pads, dilation, groups), or None for any other. A dense k x k convolution is a plain
-``conv_general_dilated`` equation.
+``conv_general_dilated`` equation, except where the kernel is larger than the map.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def conv(
       dilation: of the kernel.
       groups: feature groups; ``groups == C_in`` is depthwise.
       form: ``"auto"`` picks by platform; ``"native"`` is ``lax``'s convolution, ``"shift"`` the sum
-        of shifted multiply-adds (depthwise), ``"dot"`` matrix products (grouped and 1x1).
+        of shifted multiply-adds (depthwise), ``"dot"`` matrix products.
       precision: as in ``lax``.
 
     Returns:
@@ -95,7 +96,10 @@ def conv(
         )
     dtype = jnp.promote_types(x.dtype, kernel.dtype)
     x, kernel = x.astype(dtype), kernel.astype(dtype)
-    if kind == "dense" or form == "native":
+    plain = kind == "dense" and form == "auto"
+    if plain:
+        plain = not choice.is_cramped(spec, (x.shape[1], x.shape[2]), window)
+    if plain or form == "native":
         return primitives.as_lax(x, kernel, spec, precision)
     x, kernel = formulas.vary_alike(x, kernel)
     return _CALLS[kind](x, kernel, spec, form, _hashable(precision))

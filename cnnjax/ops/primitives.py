@@ -10,10 +10,10 @@ primitive                   computes                                transposes t
 ``cnnjax_K_conv_kernel_grad``  dkernel from (x, ct)                 input_grad, conv
 ==========================  ======================================  ===========================
 
-with ``K`` one of ``depthwise``, ``grouped``, ``pointwise``. So every order of reverse and forward
-differentiation works, which a ``custom_vjp`` would not give (it has no forward mode, which
-Gauss-Newton products need). ``vmap`` folds the mapped axis into the batch, or, where the kernel is
-mapped too, into the groups.
+with ``K`` one of ``depthwise``, ``grouped``, ``pointwise``, ``dense``. So every order of reverse
+and forward differentiation works, which a ``custom_vjp`` would not give (it has no forward mode,
+which Gauss-Newton products need). ``vmap`` folds the mapped axis into the batch, or, where the
+kernel is mapped too, into the groups.
 """
 
 from __future__ import annotations
@@ -69,10 +69,8 @@ def _abstract(shape: tuple[int, ...], like: Any) -> Any:
 
 
 def bind(x: Array, kernel: Array, spec: ConvSpec, form: str, precision: Any) -> Array:
-    """The convolution, through the primitive of its kind (a dense k x k one is plain ``lax``)."""
+    """The convolution, through the primitive of its kind."""
     kind = kind_of(kernel.shape, spec.groups)
-    if kind == "dense":
-        return formulas.native_forward(x, kernel, spec, precision)
     return TRIPLES[kind].conv.bind(x, kernel, spec=spec, form=form, precision=precision)
 
 
@@ -191,7 +189,7 @@ def _make(kind: str) -> Triple:
     return Triple(conv, input_grad, kernel_grad)
 
 
-TRIPLES = {kind: _make(kind) for kind in ("depthwise", "grouped", "pointwise")}
+TRIPLES = {kind: _make(kind) for kind in ("depthwise", "grouped", "pointwise", "dense")}
 
 
 def recognise(eqn: Any) -> ConvSpec | None:

@@ -22,8 +22,10 @@ KINDS = {
     "depthwise5": (4, 4, 4, (5, 5), ("auto", "shift")),
     "grouped1": (3, 6, 9, (1, 1), ("auto", "dot")),
     "grouped3": (2, 6, 8, (3, 3), ("auto", "dot")),
+    "grouped3x6": (6, 12, 18, (3, 2), ("auto", "dot")),
     "many_groups": (40, 80, 40, (1, 3), ("auto", "dot")),
     "pointwise": (1, 5, 7, (1, 1), ("auto", "dot")),
+    "dense": (1, 3, 5, (3, 2), ("auto", "dot")),
 }
 STRIDES = ((1, 1), (2, 2), (3, 2))
 PADS = (((0, 0), (0, 0)), ((1, 1), (1, 1)), ((0, 1), (2, 1)), ((-1, 0), (1, -1)), "SAME", "VALID")
@@ -49,11 +51,11 @@ def _reference(spec: dict):
     return conv
 
 
-def _compare(kind: str, strides, padding, dilation) -> None:
+def _compare(kind: str, strides, padding, dilation, image=(11, 12)) -> None:
     groups, c_in, c_out, size, forms = KINDS[kind]
     spec = {"strides": strides, "padding": padding, "dilation": dilation, "groups": groups}
     rng = np.random.default_rng(0)
-    x, dx = rng.standard_normal((2, 2, 11, 12, c_in)).astype(np.float32)
+    x, dx = rng.standard_normal((2, 2, *image, c_in)).astype(np.float32)
     k, dk = rng.standard_normal((2, *size, c_in // groups, c_out)).astype(np.float32)
 
     def everything(conv, x, k, dx, dk):
@@ -90,7 +92,34 @@ def test_equals_lax_in_every_combination(case):
     _compare(*case)
 
 
-@pytest.mark.parametrize("kind", ["depthwise", "grouped1", "pointwise"])
+@pytest.mark.parametrize(
+    ("kind", "strides", "image"),
+    [
+        ("dense", (1, 1), (1, 1)),
+        ("dense", (1, 1), (2, 2)),
+        ("dense", (2, 2), (3, 3)),  # XLA:CPU's own gradient aborts on 4x4
+        ("dense", (1, 2), (1, 9)),
+        ("grouped3", (1, 1), (2, 1)),
+        ("depthwise5", (2, 1), (4, 3)),
+    ],
+)
+def test_maps_smaller_than_the_kernel(kind, strides, image):
+    _compare(kind, strides, ((1, 1), (1, 1)), (1, 1), image)
+
+
+def test_a_dense_kernel_larger_than_its_map_leaves_the_native_form_on_cpu():
+    def form(size, platform):
+        x = jax.ShapeDtypeStruct((1, size, size, 4), jnp.float32)
+        k = jax.ShapeDtypeStruct((3, 3, 4, 4), jnp.float32)
+        fn = jax.jit(lambda a, b: ops.conv(a, b))
+        text = jax.export.export(fn, platforms=[platform])(x, k).mlir_module()
+        return "native" if "stablehlo.convolution" in text else "dot"
+
+    assert [form(s, "cpu") for s in (1, 2, 3, 4)] == ["dot", "dot", "native", "native"]
+    assert form(2, "cuda") == "native"
+
+
+@pytest.mark.parametrize("kind", ["depthwise", "grouped1", "pointwise", "dense"])
 def test_hessian_vector_products(kind):
     """Forward over reverse and reverse over reverse agree with lax's."""
     groups, c_in, c_out, size, _ = KINDS[kind]
@@ -112,7 +141,8 @@ def test_hessian_vector_products(kind):
 
     @jax.jit
     def run(*args):
-        ours = products(lambda a, b: ops.conv(a, b, precision="highest", **spec), *args)
+        form = "dot" if kind == "dense" else "auto"
+        ours = products(lambda a, b: ops.conv(a, b, form=form, precision="highest", **spec), *args)
         return ours, products(_reference(spec), *args)
 
     ours, want = run(x, k, dx, dk)
@@ -121,7 +151,7 @@ def test_hessian_vector_products(kind):
         np.testing.assert_allclose(got, ref, rtol=0, atol=2e-5 * scale)
 
 
-@pytest.mark.parametrize("kind", ["depthwise", "grouped3", "pointwise"])
+@pytest.mark.parametrize("kind", ["depthwise", "grouped3", "pointwise", "dense"])
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 3)], ids=str)
 def test_vmap(kind, axes):
     """vmap of the convolution and of its gradients equals a loop."""
@@ -132,7 +162,8 @@ def test_vmap(kind, axes):
     args = [v[0] if axis is None else np.moveaxis(v, 0, axis) for v, axis in zip((x, k), axes)]
 
     def part(x, k):
-        conv = lambda a, b: ops.conv(a, b, groups=groups, padding=1)  # noqa: E731
+        form = "dot" if kind == "dense" else "auto"
+        conv = lambda a, b: ops.conv(a, b, groups=groups, padding=1, form=form)  # noqa: E731
         y, vjp = jax.vjp(conv, x, k)
         return y, vjp(jnp.sin(y))
 
@@ -283,8 +314,8 @@ def test_bad_input():
         ops.conv(x, k, groups=4)
     with pytest.raises(ValueError, match="Did you mean 'shift'"):
         ops.depthwise(x, k, form="shifts")
-    with pytest.raises(ValueError, match="dense convolution has the forms native"):
-        ops.conv(x, jnp.zeros((3, 3, 6, 2)), form="dot")
+    with pytest.raises(ValueError, match="dense convolution has the forms native, dot, not 'shi"):
+        ops.conv(x, jnp.zeros((3, 3, 6, 2)), form="shift")
     with pytest.raises(ValueError, match='padding must be "SAME"'):
         ops.depthwise(x, k, padding="SAM")
     with pytest.raises(ValueError, match="strides must be"):
