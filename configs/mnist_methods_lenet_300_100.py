@@ -236,10 +236,17 @@ def main() -> None:
     parser.add_argument("--data_dir", help="TFDS folder with mnist prepared")
     parser.add_argument("--scale", type=float, default=1.0, help="shortens every training")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--validate", action="store_true",
+                        help="measure on the last 10,000 training images, train on the others")  # fmt: skip
     args = parser.parse_args()
     from cnnjax import data as datalib
 
-    data = {s: datalib.arrays("mnist", s, data_dir=args.data_dir) for s in ("train", "test")}
+    splits = {"train": "train", "test": "test"}
+    if args.validate:
+        if args.out == RESULTS:
+            parser.error("--validate needs --out: those figures are for choosing settings")
+        splits = {"train": "train[:50000]", "test": "train[50000:]"}
+    data = {s: datalib.arrays("mnist", t, data_dir=args.data_dir) for s, t in splits.items()}
     names = list(METHODS) if "all" in args.methods else args.methods
     for seed in args.seeds:
         run = Run(data, seed, args.scale)

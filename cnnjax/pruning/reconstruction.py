@@ -274,7 +274,8 @@ def least_squares(
     """The kernel that reproduces the original outputs best from the kept columns.
 
     The normal equations are scaled to a unit diagonal, a small ridge is added (duplicated or dead
-    columns then share, or get nothing), and the Cholesky solution is refined once.
+    columns then share, or get nothing; where the factorization still fails, ten times as much), and
+    the Cholesky solution is refined once.
 
     Args:
       moments: of inputs and target outputs.
@@ -305,14 +306,23 @@ def _solve(gram: Array, cross: Array, keep: Array, ridge: float) -> Array:
     scale = jnp.where(use, 1 / jnp.sqrt(jnp.where(use, diagonal, 1)), 0)
     scaled = gram * scale[:, None] * scale[None]
     eye = jnp.eye(gram.shape[0], dtype=gram.dtype)
-    # removed columns: the identity, so that shapes stay static
-    system = scaled + jnp.where(use, ridge, 1.0) * eye
     right = cross * scale[:, None]
-    factor = jax.scipy.linalg.cho_factor(system, lower=True)
-    w = jax.scipy.linalg.cho_solve(factor, right)
+
+    def factorized(ridge: Any) -> Array:
+        # removed columns: the identity, so that shapes stay static
+        system = scaled + jnp.where(use, ridge, 1.0) * eye
+        return jax.scipy.linalg.cho_factor(system, lower=True)[0]
+
+    # rank-deficient columns: rounding can make the matrix indefinite by more than a small ridge
+    ridge, factor = jax.lax.while_loop(
+        lambda state: ~jnp.all(jnp.isfinite(state[1])) & (state[0] < 0.1),
+        lambda state: (10 * state[0], factorized(10 * state[0])),
+        (jnp.asarray(ridge, gram.dtype), factorized(ridge)),
+    )
+    w = jax.scipy.linalg.cho_solve((factor, True), right)
     left = right - jnp.matmul(scaled, w, precision=_HIGHEST)
     # iterated ridge: the second step takes most of the ridge's bias away
-    w = w + jax.scipy.linalg.cho_solve(factor, jnp.where(use[:, None], left, 0))
+    w = w + jax.scipy.linalg.cho_solve((factor, True), jnp.where(use[:, None], left, 0))
     return w * scale[:, None]
 
 

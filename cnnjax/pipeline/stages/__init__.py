@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from cnnjax.pipeline.stages.branches import Branches
 from cnnjax.pipeline.stages.channels import Channels
+from cnnjax.pipeline.stages.compact import CompactMaps
 from cnnjax.pipeline.stages.compress import DeepCompression
 from cnnjax.pipeline.stages.constrain import Constrain
 from cnnjax.pipeline.stages.distill import Distill, KeepTeacher, RecallTeacher
@@ -14,6 +15,7 @@ from cnnjax.pipeline.stages.pretrained import Pretrained
 from cnnjax.pipeline.stages.prune import Prune
 from cnnjax.pipeline.stages.quantize import Quantize
 from cnnjax.pipeline.stages.reconstruct import Reconstruct
+from cnnjax.pipeline.stages.select import Select
 from cnnjax.pipeline.stages.sparse_training import (
     Gates,
     Proximal,
@@ -26,6 +28,7 @@ from cnnjax.pipeline.stages.train import Train
 __all__ = [
     "Branches",
     "Channels",
+    "CompactMaps",
     "Constrain",
     "DeepCompression",
     "Distill",
@@ -41,6 +44,7 @@ __all__ = [
     "Quantize",
     "RecallTeacher",
     "Reconstruct",
+    "Select",
     "ShrinkDead",
     "Surgery",
     "Threshold",

@@ -1,0 +1,86 @@
+"""ResNet-56 on the JPEG copy of CIFAR-10: who chooses the channels, at one and the same widths.
+
+    python scripts/run.py --config=configs/cifar10_resnet56_pruning.py --data_dir=DIR \\
+        --config.stages.published.weights=cifar10_resnet56.npz
+
+where ``scripts/prepare_cifar10_jpeg.py`` has written the images. The weights are published ones
+(83.20 % on this copy). Widths are those of "ResNet-56-B" of Li, Kadav, Durdanovic, Samet, Graf,
+"Pruning filters for efficient ConvNets", ICLR 2017, 1608.08710: 60, 30 and 10 % of the first
+convolution of every block by stage, blocks of the layers 16, 18, 20, 34, 38 and 54 whole; 27.6 % of
+the MACs and 13.7 % of the weights go (there: error 6.96 -> 6.94, from scratch 8.69). The channels
+are chosen by l1 norm, lasso (with and without least squares), ThiNet, Fisher information, BN
+scale, at random; ``slimming`` and ``fisher_cost`` share out the same MACs over all layers, the
+residual streams included. ``dense`` is fine-tuned alike, ``scratch`` trains the l1 network from
+fresh weights as long as the others are fine-tuned. The full run fine-tunes 40 epochs on all images,
+for an accelerator; a reduced one on two CPU cores takes one epoch of 5,000 images:
+
+    ... "--config.data.train=train[:5000]" "--config.data.test=test[:2000]" \\
+        --config.stages.methods.recipe.epochs=1
+
+What `scripts/update_results.py` found in ``configs/results/cifar10_resnet56_pruning.json``:
+"""
+
+# [measured]
+# not run yet
+# [/measured]
+
+from __future__ import annotations
+
+from typing import Any
+
+from cnnjax import pipeline
+from cnnjax.data import Augment
+from cnnjax.pipeline.stages import Branches, Pretrained, Select
+from cnnjax.training import OptimizerConfig, ScheduleConfig
+
+SHARES, WHOLE = (0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)
+
+
+def paper_ratios(blocks: int = 9) -> dict[str, float]:
+    """Share to remove of the first convolution of each block: layer ``2 + 2 * block``."""
+    layers = [(s, b, 2 + 2 * (s * blocks + b)) for s in range(3) for b in range(blocks)]
+    return {f"layer{s + 1}/{b}/conv1": SHARES[s] for s, b, n in layers if n not in WHOLE}
+
+
+def get_config() -> Any:
+    """See the module's docstring."""
+    ratio, macs = paper_ratios(), 0.7245
+    readers = ("layer*/*/conv2",)
+    branches: dict[str, Any] = {
+        "dense": Select(),
+        "l1": Select("l1", ratio),
+        "lasso": Select("lasso", ratio, readers=readers),
+        "lasso_refit": Select("lasso", ratio, readers=readers, refit=True),
+        "thinet_refit": Select("thinet", ratio, readers=readers, refit=True),
+        "fisher": Select("fisher", ratio),
+        "bn_scale": Select("bn_scale", ratio),
+        "random": Select("random", ratio),
+        "random_refit": Select("random", ratio, readers=readers, refit=True),
+        "slimming": Select("bn_scale", macs=macs),
+        "fisher_cost": Select("fisher_cost", macs=macs),
+        "scratch": Select("l1", ratio, fresh=True),
+    }
+    recipe = pipeline.Recipe(
+        epochs=40.0,
+        optimizer=OptimizerConfig("sgd", nesterov=True, weight_decay=5e-4),
+        schedule=ScheduleConfig("cosine", base=0.01),
+        checkpoint_every=5.0,
+    )
+    network = pipeline.ModelSpec("resnet56_cifar", {"num_classes": 10})
+    return pipeline.config_dict(
+        "cifar10_resnet56_pruning",
+        model=network,
+        data=pipeline.DataConfig(
+            "cifar10_jpeg",
+            batch_size=128,
+            eval_batch_size=1000,
+            augment=Augment(
+                pad=4, flip=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+            ),
+        ),
+        stages={
+            "published": Pretrained("", network),
+            "methods": Branches(branches, recipe),
+        },
+        seeds=(0,),
+    )
