@@ -100,7 +100,7 @@ def ours(name: str, rounds: int, proof: bool) -> dict[str, Any]:
     for _ in range(3):
         jax.clear_caches()
         t = clock()
-        tracing.program(*tracing.functional(model), (x,))
+        tracing.jaxpr_of(tracing.program_of(model), (x,))
         jaxpr.append(clock() - t)
     out["jaxpr"] = min(jaxpr)
     out["parameters_left"] = sum(p.size for p in jax.tree.leaves(nnx.state(small, nnx.Param)))

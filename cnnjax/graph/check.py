@@ -10,10 +10,10 @@ import numpy as np
 from flax import nnx
 
 from cnnjax.errors import did_you_mean
-from cnnjax.graph.ledger import STAY, Ledger, locate
+from cnnjax.graph.ledger import STAY, Event, Ledger, locate, pairs
 from cnnjax.graph.network import Graph
 from cnnjax.graph.solve import identities
-from cnnjax.graph.tracing import analyse, functional
+from cnnjax.graph.tracing import Program, analyse, function_program, program_of
 from cnnjax.graph.twins import Twins
 from cnnjax.graph.types import FIXED, GraphError, Key, LabelError
 
@@ -21,7 +21,7 @@ UNKNOWN = -2
 
 
 def label_check(
-    model: nnx.Module | Callable[..., Any],
+    model: nnx.Module | Program | Callable[..., Any],
     graph: Graph,
     alive: Any,
     *inputs: Any,
@@ -49,12 +49,14 @@ def label_check(
     if alive.shape != (graph.num_atoms,):
         raise ValueError(f"alive has shape {alive.shape}, the graph has {graph.num_atoms} atoms")
     inputs = inputs or graph.inputs
-    if isinstance(model, nnx.Module):
-        fn, variables = functional(model)
+    if isinstance(model, Program):
+        program = model
+    elif isinstance(model, nnx.Module):
+        program = program_of(model)
     else:
-        fn, variables = model, params
+        program = function_program(model, params)
     try:
-        ledger, shapes, _ = analyse(fn, variables, tuple(inputs), original=graph)
+        ledger, shapes, _ = analyse(program, tuple(inputs), original=graph)
     except GraphError as error:
         raise LabelError(
             f"the shrunk network doesn't run: {error.__cause__ or error}{_where(error)}"
@@ -62,11 +64,14 @@ def label_check(
         ) from error
     _same_variables(graph, shapes, alive)
     check = _Check(graph, alive, ledger)
+    if check.at_once():
+        try:
+            check.finish()
+            return check.index
+        except LabelError:  # another order may do
+            check = _Check(graph, alive, ledger)
     check.assign()
-    check.group_tables()
-    check.twin_pairs()
-    check.relations()
-    check.literals()
+    check.finish()
     return check.index
 
 
@@ -93,34 +98,71 @@ def _same_variables(graph: Graph, shapes: dict[str, tuple[int, ...]], alive: np.
     for path in graph.shapes:
         if path not in shapes:
             raise LabelError(f"the shrunk network has no {path!r}.{did_you_mean(path, shapes)}")
+    kept = graph.layout.kept(alive).tolist()
+    at = graph.layout.index
     for path, shape in shapes.items():
         if path not in graph.shapes:
             raise LabelError(f"the shrunk network has a new variable {path!r}")
-        want = []
-        for axis in range(len(graph.shapes[path])):
-            kept = graph.axes[path, axis].kept(alive)
-            want.append(kept.shape[-1] if kept.ndim == 2 else len(kept))
-        if tuple(want) != tuple(shape):
-            raise LabelError(f"{path} has shape {shape}, the kept channels ask for {tuple(want)}")
+        first = at[path, 0] if len(graph.shapes[path]) else 0
+        want = tuple(kept[first : first + len(graph.shapes[path])])
+        if want != tuple(shape):
+            raise LabelError(f"{path} has shape {shape}, the kept channels ask for {want}")
 
 
 class _Check:
     def __init__(self, graph: Graph, alive: np.ndarray, ledger: Ledger) -> None:
         self.graph, self.alive, self.ledger = graph, alive, ledger
         self.ident = identities(ledger)
-        self.twins = Twins(graph.twins, graph.starts, graph.identity, ledger)
+        self.twins = Twins(graph.twins, graph.starts, graph.identities, ledger)
         self.label = np.full(int(self.ident.max()) + 1, UNKNOWN, np.int64)
         self.index: dict[Key, np.ndarray] = {}
-        none = [np.zeros(0, np.int64)]
-        a = np.concatenate([e.labels for e in ledger.ties] or none)
-        b = np.concatenate(ledger.tie_to or none)
+        a, b = pairs(ledger.ties, ledger.tie_to)
         use = (a != STAY) & (b != STAY)
         self.tie_a, self.tie_b = self.ident[a[use]], self.ident[b[use]]
-        top = max((int(a.max()) for a in graph.identity.values() if a.size), default=0)
-        self.atom_of = np.full(top + 2, FIXED, np.int64)
-        for key, ids in graph.identity.items():
-            if key not in graph.tables:
-                self.atom_of[ids] = graph.axes[key].labels
+        self.atom_of = np.full(int(graph.identities.max()) + 2, FIXED, np.int64)
+        own = ~np.append(self.tabled(), True)[graph.layout.owner]
+        self.atom_of[graph.identities[own]] = graph.layout.labels[own]
+
+    def tabled(self) -> np.ndarray:
+        """For every axis whether it is the input axis of a grouped kernel."""
+        layout = self.graph.layout
+        out = np.zeros(len(layout.keys), bool)
+        out[[layout.index[key] for key in self.graph.tables]] = True
+        return out
+
+    def at_once(self) -> bool:
+        """Tries the channels of every axis in the order that they have, of all axes together.
+
+        That is what most programs need. Whether it is right is then seen as for any other order:
+        channels that meet must be the same old one, and `finish` must find nothing.
+        """
+        layout, ledger = self.graph.layout, self.ledger
+        if len(self.graph.twins) or tuple(ledger.starts) != layout.keys:
+            return False
+        stay = layout.alive(self.alive)
+        for key in self.graph.tables:
+            inside = layout.nodes(layout.index[key])
+            stay[inside] = np.arange(inside.stop - inside.start) < ledger.lengths[key]
+        old = np.flatnonzero(stay)
+        if len(old) != ledger.size:
+            return False
+        own = ~np.append(self.tabled(), True)[layout.owner[old]]
+        cls, identity = self.ident[own], self.graph.identities[old[own]]
+        self.label[cls] = identity
+        if (self.label[cls] != identity).any():
+            self.label[:] = UNKNOWN
+            return False
+        position = old - np.append(layout.starts, 0)[layout.owner[old]]
+        for key, start in ledger.starts.items():
+            self.index[key] = position[start : start + ledger.lengths[key]]
+        return True
+
+    def finish(self) -> None:
+        """All that must hold once every position of the new program is an old one."""
+        self.group_tables()
+        self.twin_pairs()
+        self.relations()
+        self.literals()
 
     def order(self) -> list[Key]:
         """Axes in the order in which the program meets them, producers before consumers."""
@@ -264,28 +306,28 @@ class _Check:
                 f"order meet other partners than in the original{_hints(self.graph)}"
             )
 
-    def atoms(self, nodes: np.ndarray) -> np.ndarray:
-        label = self.label[self.ident[nodes]]
-        return np.where(label < 0, FIXED, self.atom_of[label])
-
     def relations(self) -> None:
         """Ties, padding and fixed positions of the new program were there in the old one."""
-        for event, to in zip(self.ledger.ties, self.ledger.tie_to):
-            if (self.atoms(event.labels) != self.atoms(to)).any():
-                self.fail_at(event.info, f"{event.reason}: binds channels that weren't bound")
-        for relation, other in (
-            (self.ledger.same, self.ledger.same_to),
-            (self.ledger.ties, self.ledger.tie_to),
-        ):
-            for event, to in zip(relation, other):
-                left, right = event.labels == STAY, to == STAY
-                if left.any() or right.any():
-                    nodes = np.concatenate([to[left & ~right], event.labels[right & ~left]])
-                    if (self.atoms(nodes) != FIXED).any():
-                        self.fail_at(event.info, f"{event.reason}: channels meet padding")
-        for event in self.ledger.fixes:
-            if not event.policy and (self.atoms(event.labels) != FIXED).any():
-                self.fail_at(event.info, f"{event.reason}: wasn't so before")
+        ledger = self.ledger
+        label = self.label[self.ident]
+        atom = np.where(label < 0, FIXED, self.atom_of[label])
+        a, b = pairs(ledger.ties, ledger.tie_to)
+        self.must(atom[a] == atom[b], ledger.ties, "binds channels that weren't bound")
+        for events, to in ((ledger.same, ledger.same_to), (ledger.ties, ledger.tie_to)):
+            a, b = pairs(events, to)
+            padded = (a == STAY) != (b == STAY)
+            free = (atom[a] != FIXED) | (atom[b] != FIXED)
+            self.must(~(padded & free), events, "channels meet padding")
+        fixes = [e for e in ledger.fixes if not e.policy]
+        nodes = np.concatenate([np.zeros(0, np.int64), *(e.labels for e in fixes)])
+        self.must(atom[nodes] == FIXED, fixes, "wasn't so before")
+
+    def must(self, good: np.ndarray, events: list[Event], text: str) -> None:
+        """Raises for the first event that isn't good throughout."""
+        if not good.all():
+            ends = np.cumsum([len(e.labels) for e in events])
+            event = events[int(np.searchsorted(ends, int(np.argmin(good)), "right"))]
+            self.fail_at(event.info, f"{event.reason}: {text}")
 
     def literals(self) -> None:
         """Constants computed from the width change the function unless a statistic is allowed."""
@@ -296,7 +338,7 @@ class _Check:
         if any(g.statistic and np.isin(g.atoms, removed).any() for g in self.graph.groups):
             return
         for (a, _), (b, info) in zip(old, new):
-            if a != b and not (np.isnan(a) and np.isnan(b)):
+            if a != b and (a == a or b == b):  # NaN is like NaN
                 self.fail_at(info, f"a constant of the program follows the width: {a:g} -> {b:g}")
 
     def fail(self, key: Key, position: int) -> None:

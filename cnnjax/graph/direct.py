@@ -235,18 +235,16 @@ class Labelled(_Tracer):
 
 def run(
     ledger: Ledger,
-    fn: Callable[..., Any],
-    treedef: Any,
+    call: Callable[..., Any],
     variables: list[tuple[str, Any]],
     inputs: tuple[Any, ...],
 ) -> list[Value] | None:
-    """Runs ``fn(variables, *inputs)`` on labels.
+    """Runs ``call(values, *inputs)`` on labels.
 
     Args:
       ledger: written to; throw it away where None is returned.
-      fn: the model as a function.
-      treedef: of the variables.
-      variables: the path and the abstract array of every leaf.
+      call: the model as a function of its variables, in order, and its inputs.
+      variables: the path and the (abstract) array of every variable.
       inputs: abstract.
 
     Returns:
@@ -257,21 +255,29 @@ def run(
     if not available or not all(hasattr(a, "shape") and hasattr(a, "dtype") for a in arrays):
         return None
     trace = LabelTrace(ledger)
+    kinds: dict[Any, Any] = {}
 
     def tracer(a: Any, value: Value) -> Labelled:
-        dtype = a.dtype
-        if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
-            dtype = jax.dtypes.canonicalize_dtype(dtype)
-        weak = bool(getattr(a, "weak_type", False))
-        return Labelled(trace, core.ShapedArray(tuple(a.shape), dtype, weak_type=weak), value)
+        dtype = kinds.get(a.dtype)
+        if dtype is None:
+            dtype = a.dtype
+            if not jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+                dtype = jax.dtypes.canonicalize_dtype(dtype)
+            kinds[a.dtype] = dtype
+        if getattr(a, "weak_type", False):
+            return Labelled(trace, core.ShapedArray(value.shape, dtype, weak_type=True), value)
+        key = (value.shape, dtype)
+        if (aval := trace.avals.get(key)) is None:
+            aval = trace.avals[key] = core.ShapedArray(value.shape, dtype)
+        return Labelled(trace, aval, value)
 
     from cnnjax.graph.shortcuts import shortcuts  # which needs this file's classes
 
     try:
-        leaves = [tracer(a, ledger.variable(path, tuple(a.shape))) for path, a in variables]
+        values = [tracer(a, ledger.variable(path, tuple(a.shape))) for path, a in variables]
         args = [tracer(a, opaque(tuple(a.shape), "the model's input", act=True)) for a in arrays]
         with core.set_current_trace(trace), shortcuts():
-            outs = fn(jax.tree.unflatten(treedef, leaves), *jax.tree.unflatten(inner, args))
+            outs = call(values, *jax.tree.unflatten(inner, args))
         return [trace.value(out) for out in jax.tree.leaves(outs)]
     except Exception:  # whatever it is, the jaxpr's own reading says it better, or has none
         return None

@@ -239,6 +239,7 @@ def rule(ledger: Ledger, name: str, params: dict[str, Any], vals: list[Value], s
                 if n > 1 and v.distinct[d]:
                     distinct[d] = True
     out = Value(shape, tuple(comps), tuple(distinct), **common(vals))
+    out.src = ledger.gathered(out.src)
     if name in ("mul", "div"):
         _scales(ledger, vals, out)
     return _layers(ledger, name, vals, out)
@@ -262,6 +263,14 @@ def _scales(ledger: Ledger, vals: list[Value], out: Value) -> None:
                         ledger.statistic(labels, "a mean over channels")
 
 
+def _read_by(ledger: Ledger, src: frozenset[int], layer: int) -> bool:
+    """Whether a layer reads all that ``src`` stands for."""
+    if all((s, layer) in ledger.edges for s in src):
+        return True
+    read = frozenset(a for a, b in ledger.edges if b == layer)
+    return ledger.behind(src) <= ledger.behind(read)
+
+
 def _layers(ledger: Ledger, name: str, vals: list[Value], out: Value) -> Value:
     """An activation that meets variables: a bias, a normalization's scale, a learnt slope."""
     if not out.act:
@@ -272,10 +281,10 @@ def _layers(ledger: Ledger, name: str, vals: list[Value], out: Value) -> Value:
         if len(act) == 2 and act[0].src != act[1].src:
             # x * rsqrt(var) * scale: the normalization's own input doesn't bypass it
             for a, b in ((act[0], act[1]), (act[1], act[0])):
-                if len(b.src) == 1:
+                norm = ledger.only(b.src)
+                if norm is not None and norm.kind == "norm":
                     (i,) = b.src
-                    norm = ledger.layers[i]
-                    if norm.kind == "norm" and all((s, i) in ledger.edges for s in a.src):
+                    if _read_by(ledger, a.src, i):
                         out.src = b.src
                         norm.output_shape, norm.output = out.shape, out
                         norm.input_shape = out.shape
@@ -284,17 +293,15 @@ def _layers(ledger: Ledger, name: str, vals: list[Value], out: Value) -> Value:
     owners = sorted({p.rpartition("/")[0] for p in paths})
     owner = owners[0] if owners[0] else paths[0]
     src = out.src
-    if len(src) == 1:
-        (i,) = src
-        last = ledger.layers[i]
-        if last.path == owner or (last.kernel or "").rpartition("/")[0] == owner:
-            last.output_shape, last.output = out.shape, out
-            scale = [p for p in paths if p in ledger.parameters]
-            if name == "mul" and scale and last.kind in ("scale", "batch_norm", "norm"):
-                last.kernel = scale[0]
-            if last.kind == "scale" and any(v.normal for v in leaf):
-                last.kind = "batch_norm"
-            return out
+    last = ledger.only(src)
+    if last is not None and owner in (last.path, (last.kernel or "").rpartition("/")[0]):
+        last.output_shape, last.output = out.shape, out
+        scale = [p for p in paths if p in ledger.parameters]
+        if name == "mul" and scale and last.kind in ("scale", "batch_norm", "norm"):
+            last.kernel = scale[0]
+        if last.kind == "scale" and any(v.normal for v in leaf):
+            last.kind = "batch_norm"
+        return out
     kind = "scale"
     if any(v.normal for v in act):
         kind = "norm"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from cnnjax.graph.values import Comp, Value
 
 HERE: Any = object()  # instead of an equation's source: the stack that is running
 STAY = 0  # node of positions that can't go
+WIDE = 8  # more layers than this behind a value are gathered in a stream
 
 
 @dataclasses.dataclass(slots=True)
@@ -62,6 +64,13 @@ class Applied:
     info: Any = None
 
 
+def pairs(events: list[Event], to: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of nodes of a relation, one after the other."""
+    if not events:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    return np.concatenate([e.labels for e in events]), np.concatenate(to)
+
+
 # frames that are nobody's model: layers, ourselves, wrappers that check types
 _LIBRARY = ("/flax/", "/cnnjax/ops", "/cnnjax/graph/", "/jaxtyping/", "beartype")
 
@@ -78,17 +87,34 @@ def frames(info: Any) -> list[Any]:
     return list(source_info_util.user_frames(info.traceback))
 
 
+@functools.cache
+def _judge(file: str) -> int:
+    """0: a file of JAX's, 1: of a layer library or ours, 2: a user's."""
+    if not source_info_util.is_user_filename(file):
+        return 0
+    name = file.replace("\\", "/")
+    return 1 if any(part in name for part in _LIBRARY) else 2
+
+
+@functools.lru_cache(maxsize=4096)
+def _source(code: Any, instruction: int) -> Source:
+    frame = source_info_util.raw_frame_to_frame(code, instruction)
+    return Source(_short(frame.file_name), frame.start_line, frame.function_name.split(".")[-1])
+
+
 def locate(info: Any) -> Source | None:
     """The user's line behind an equation: the innermost frame outside of JAX and Flax."""
+    if info is None or info.traceback is None:
+        return None
+    codes, instructions = info.traceback.raw_frames()
     first = None
-    for frame in frames(info):
-        name = frame.file_name.replace("\\", "/")
-        found = Source(_short(name), frame.start_line, frame.function_name.split(".")[-1])
-        if first is None:
-            first = found
-        if not any(part in name for part in _LIBRARY):
-            return found
-    return first
+    for code, instruction in zip(codes, instructions):
+        kind = _judge(code.co_filename)
+        if kind == 2:
+            return _source(code, instruction)
+        if kind == 1 and first is None:
+            first = (code, instruction)
+    return None if first is None else _source(*first)
 
 
 class Ledger:
@@ -116,13 +142,15 @@ class Ledger:
         self.splits: list[Split] = []
         self.grouped: list[Grouped] = []
         self.layers: list[Applied] = []
-        self.edges: set[tuple[int, int]] = set()
+        self.edges: set[tuple[int, int]] = set()  # (layer or stream, layer or stream)
+        self._streams: dict[frozenset[int], frozenset[int]] = {}
         self.consumed: set[int] = set()  # first node of axes that are contracted away
         self.literals: list[tuple[float, Any]] = []
         self.located = True  # whether equations' own lines are to be believed
         self.rearranged = False  # whether the slice being read is put back in another order
         self.info = None  # of the equation being read
         self._seen: set[tuple[Any, ...]] = set()
+        self._numbers = np.arange(1 << 14)
 
     @property
     def info(self) -> Any:
@@ -137,24 +165,22 @@ class Ledger:
 
     def variable(self, path: str, shape: tuple[int, ...]) -> Value:
         """The value of a variable: a fresh node for every position of every axis."""
-        comps = []
+        comps, known = [], frozenset({path})
+        first, self.size = self.size, self.size + sum(shape)
+        if self.size > len(self._numbers):
+            self._numbers = np.arange(2 * self.size + 4096)
         for axis, n in enumerate(shape):
-            self.starts[path, axis] = self.size
-            self.lengths[path, axis] = n
-            comps.append(Comp((axis,), np.arange(self.size, self.size + n), True))
-            self.size += n
-        return Value(
-            tuple(shape),
-            tuple(comps),
-            tuple(n > 1 for n in shape),
-            leaves=frozenset({path}),
-            why=f"variable {path}",
-        )
+            key = (path, axis)
+            self.starts[key], self.lengths[key] = first, n
+            comps.append(Comp((axis,), self._numbers[first : first + n], True))
+            first += n
+        distinct = tuple([n > 1 for n in shape])
+        return Value(tuple(shape), tuple(comps), distinct, leaves=known, why=f"variable {path}")
 
     def nodes(self, key: tuple[str, int]) -> np.ndarray:
         """The nodes of an axis of a variable."""
         start = self.starts[key]
-        return np.arange(start, start + self.lengths[key])
+        return self._numbers[start : start + self.lengths[key]]
 
     def axis_of(self, labels: np.ndarray) -> tuple[str, int] | None:
         """The variable axis whose own nodes, all and in order, these labels are."""
@@ -174,6 +200,15 @@ class Ledger:
             return
         self.same.append(Event(np.ravel(a), reason, self.info))
         self.same_to.append(np.ravel(b))
+
+    def meet(self, labels: np.ndarray, fresh: np.ndarray, reason: str) -> None:
+        """`equal` for 1-d labels, one side of which is a variable's own: they differ."""
+        self.same.append(Event(labels, reason, self.info))
+        self.same_to.append(fresh)
+
+    def here(self) -> None:
+        """Takes the place in the program once for all that one operation writes down."""
+        self._info = source_info_util.current()
 
     def tie(self, a: np.ndarray, b: np.ndarray, reason: str) -> None:
         """Position by position: removed together."""
@@ -235,3 +270,41 @@ class Ledger:
         self.layers.append(applied)
         self.edges.update((s, index) for s in src)
         return frozenset({index})
+
+    def gathered(self, src: frozenset[int]) -> frozenset[int]:
+        """``src``, or a *stream* that stands for all of it where that is many.
+
+        Through residual sums and dense concatenations every layer reads what all before it add.
+        Written out, the adjacency would grow with the square of the depth. Streams are numbered
+        -1, -2, ...: what goes into one are its edges.
+        """
+        if len(src) <= WIDE:
+            return src
+        found = self._streams.get(src)
+        if found is None:
+            stream = -1 - len(self._streams)
+            found = self._streams[src] = frozenset({stream})
+            self.edges.update((s, stream) for s in src)
+        return found
+
+    def only(self, src: frozenset[int]) -> Applied | None:
+        """The layer that alone is behind a value, or None."""
+        if len(src) == 1:
+            (i,) = src
+            if i >= 0:
+                return self.layers[i]
+        return None
+
+    def behind(self, src: frozenset[int]) -> set[int]:
+        """The layers of ``src``, streams written out."""
+        inside = {next(iter(found)): src for src, found in self._streams.items()}
+        out: set[int] = set()
+        todo, seen = list(src), set(src)
+        while todo:
+            s = todo.pop()
+            if s >= 0:
+                out.add(s)
+                continue
+            todo.extend(inside[s] - seen)
+            seen |= inside[s]
+        return out

@@ -302,7 +302,9 @@ def concatenate(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape
         comps.append(Comp(key, np.concatenate(pieces, axis=key.index(d)), zero))
     distinct = [any(v.distinct[e] for v in vals) for e in range(len(shape))]
     distinct[d] = shape[d] > 1
-    return Value(shape, tuple(comps), tuple(distinct), **common(vals))
+    out = Value(shape, tuple(comps), tuple(distinct), **common(vals))
+    out.src = ledger.gathered(out.src)
+    return out
 
 
 def pad(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:

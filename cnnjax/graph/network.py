@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from cnnjax.errors import did_you_mean
+from cnnjax.graph.axes import Layout
 from cnnjax.graph.types import Axis, Constraint, Fixed, Group, Key, Layer
 from cnnjax.tree import match_any
 
@@ -26,11 +28,14 @@ class Graph:
       shapes: shape of every variable.
       dtypes: dtype of every variable.
       num_atoms: how many atoms there are.
-      edges: (producer layer index, consumer layer index) pairs: dataflow to the *next* layers.
+      links: the adjacency, in a form that grows with the depth alone: (producer, consumer) pairs of
+        indices of layers, and of *streams*, which have negative ones and stand for all that goes
+        into them. `edges` is the same without streams.
       inputs: abstract example inputs, as given.
       mode: how grouped convolutions and splits are treated: ``"flexible"``, ``"tied"`` (same
         positions in every part) or ``"whole"`` (whole conv-groups; splits as in ``"tied"``).
-      identity: per axis the identity of every position: equal where the program makes two
+      layout: labels of all axes in flat arrays, of which ``axes`` is made.
+      identities: for every position of ``layout`` an identity: equal where the program makes two
         positions meet. Finer than atoms, which also bind positions that only go together.
       tables: the same for the ``table`` of grouped kernels.
       table_nodes: the nodes behind ``tables``.
@@ -49,10 +54,11 @@ class Graph:
     shapes: Mapping[str, tuple[int, ...]]
     dtypes: Mapping[str, Any]
     num_atoms: int
-    edges: tuple[tuple[int, int], ...] = ()
+    layout: Layout = dataclasses.field(repr=False)
+    identities: np.ndarray = dataclasses.field(repr=False)
+    links: tuple[tuple[int, int], ...] = ()
     inputs: tuple[Any, ...] = ()
     mode: str = "flexible"
-    identity: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     tables: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     table_nodes: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     starts: Mapping[Key, int] = dataclasses.field(default_factory=dict, repr=False)
@@ -110,15 +116,39 @@ class Graph:
         """Layers whose path matches a glob."""
         return tuple(layer for layer in self.layers if match_any(paths, layer.path))
 
+    @functools.cached_property
+    def identity(self) -> dict[Key, np.ndarray]:
+        """Of every axis the identities of its positions."""
+        layout = self.layout
+        return {key: self.identities[layout.nodes(i)] for i, key in enumerate(layout.keys)}
+
+    @property
+    def edges(self) -> tuple[tuple[int, int], ...]:
+        """(producer layer index, consumer layer index) pairs: dataflow to the *next* layers.
+
+        Behind a stack of residual blocks that is every pair of a block and a later layer.
+        """
+        after = self._linked[0]
+        layers = range(len(self.layers))
+        return tuple(sorted((a, b) for a in layers for b in _through(after, {a})))
+
+    @functools.cached_property
+    def _linked(self) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+        """What follows and what precedes each layer and stream."""
+        after: dict[int, list[int]] = {}
+        before: dict[int, list[int]] = {}
+        for a, b in self.links:
+            after.setdefault(a, []).append(b)
+            before.setdefault(b, []).append(a)
+        return after, before
+
     def next_layers(self, path: str) -> tuple[Layer, ...]:
         """Layers that read this layer's output before any other layer does."""
-        mine = self._indices(path)
-        return self._unique([b for a, b in self.edges if a in mine])
+        return self._ordered(_through(self._linked[0], self._indices(path)))
 
     def prev_layers(self, path: str) -> tuple[Layer, ...]:
         """Layers whose output this layer reads with no other layer between."""
-        mine = self._indices(path)
-        return self._unique([a for a, b in self.edges if b in mine])
+        return self._ordered(_through(self._linked[1], self._indices(path)))
 
     def bn_of(self, path: str) -> Layer | None:
         """The BatchNorm that alone reads this layer's output, or None."""
@@ -131,8 +161,15 @@ class Graph:
         """The decision that keeps everything: all True."""
         return np.ones(self.num_atoms, dtype=bool)
 
+    @functools.cached_property
+    def _at(self) -> dict[str, set[int]]:
+        found: dict[str, set[int]] = {}
+        for i, layer in enumerate(self.layers):
+            found.setdefault(layer.path, set()).add(i)
+        return found
+
     def _indices(self, path: str) -> set[int]:
-        found = {i for i, layer in enumerate(self.layers) if layer.path == path}
+        found = self._at.get(path)
         if not found:
             paths = [layer.path for layer in self.layers if layer.path]
             raise KeyError(f"no layer {path!r}.{did_you_mean(path, paths)}")
@@ -144,8 +181,8 @@ class Graph:
                 return i
         raise KeyError(f"layer {path!r} is not called {call + 1} times")
 
-    def _unique(self, indices: list[int]) -> tuple[Layer, ...]:
-        return tuple(self.layers[i] for i in sorted(set(indices)))
+    def _ordered(self, indices: set[int]) -> tuple[Layer, ...]:
+        return tuple(self.layers[i] for i in sorted(indices))
 
     def __str__(self) -> str:
         lines = [f"{len(self.layers)} layers, {len(self.groups)} groups, {self.num_atoms} atoms"]
@@ -157,3 +194,19 @@ class Graph:
             lines.append(f"fixed: {len(self.fixed)}")
             lines += [f"  {f}" for f in self.fixed]
         return "\n".join(lines)
+
+
+def _through(links: Mapping[int, list[int]], start: set[int]) -> set[int]:
+    """The layers that are linked to one of ``start``, through streams."""
+    found: set[int] = set()
+    todo = [b for a in start for b in links.get(a, ())]
+    seen = set(todo)
+    while todo:
+        at = todo.pop()
+        if at >= 0:
+            found.add(at)
+            continue
+        new = [b for b in links.get(at, ()) if b not in seen]
+        seen.update(new)
+        todo.extend(new)
+    return found

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnjax.graph.axes import Layout
 from cnnjax.graph.ledger import Event, Ledger, Split, locate
 from cnnjax.graph.types import Constraint, Group, Key, Layer
 from cnnjax.graph.values import Value
@@ -89,14 +90,24 @@ def statistics_of(ledger: Ledger, atoms, count: int) -> dict[int, Event]:
     return out
 
 
-def groups_of(axes, group_of_atom, names, constraints, statistics) -> tuple[Group, ...]:
+def groups_of(
+    layout: Layout, group_of_atom: np.ndarray, names, constraints, statistics
+) -> tuple[Group, ...]:
+    """Groups with the axes that they sit on."""
+    axes = len(layout.keys)
+    on = layout.labels >= 0
+    places = group_of_atom[layout.labels[on]] * axes + layout.owner[on]
+    # neighbours mostly are of the same group: few are left
+    found = [places[np.append(True, places[1:] != places[:-1])[: len(places)]]]
+    for i, (table, _) in layout.tables.items():
+        found.append(np.unique(group_of_atom[table[table >= 0]]) * axes + i)
     members: list[list[Key]] = [[] for _ in names]
     producers: list[list[Key]] = [[] for _ in names]
-    for key, axis in axes.items():
-        for g in sorted({*group_of_atom[axis.atoms].tolist()}):
-            members[g].append(key)
-            if not axis.consumer:
-                producers[g].append(key)
+    which, at = np.divmod(np.unique(np.concatenate(found)), max(axes, 1))
+    for g, i, consumed in zip(which.tolist(), at.tolist(), layout.consumer[at].tolist()):
+        members[g].append(layout.keys[i])
+        if not consumed and i not in layout.tables:
+            producers[g].append(layout.keys[i])
     touching: list[list[Constraint]] = [[] for _ in names]
     for c in constraints:
         for g in np.unique(group_of_atom[c.atoms]).tolist():
@@ -105,7 +116,9 @@ def groups_of(axes, group_of_atom, names, constraints, statistics) -> tuple[Grou
     out = []
     for g, name in enumerate(names):
         atoms = np.arange(bounds[g], bounds[g + 1])
-        event = next((statistics[a] for a in atoms.tolist() if a in statistics), None)
+        event = None
+        if statistics:
+            event = next((statistics[a] for a in atoms.tolist() if a in statistics), None)
         out.append(
             Group(
                 name,
@@ -135,8 +148,13 @@ def layers_of(ledger: Ledger, shapes, atoms) -> tuple[Layer, ...]:
         c = val.comp_on(d)
         if c is None or len(c.dims) > 1:
             return None
-        return atoms(c.labels)
+        # what one layer makes and the next reads is often the same array: it is looked up once
+        key = id(c.labels)
+        if key not in looked_up:
+            looked_up[key] = atoms(c.labels)
+        return looked_up[key]
 
+    looked_up: dict[int, np.ndarray] = {}
     out = []
     for a in ledger.layers:
         fields = dict(a.fields)

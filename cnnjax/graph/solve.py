@@ -2,33 +2,45 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
 
-from cnnjax.graph.ledger import STAY, Event, Ledger, locate
+from cnnjax.graph.axes import Axes, Layout
+from cnnjax.graph.ledger import STAY, Event, Ledger, locate, pairs
 from cnnjax.graph.network import Graph
 from cnnjax.graph.outcome import constraints_of, groups_of, layers_of, products, statistics_of
-from cnnjax.graph.twins import twin_pairs
-from cnnjax.graph.types import FIXED, Axis, Fixed, Key
+from cnnjax.graph.twins import repeats, twin_pairs
+from cnnjax.graph.types import FIXED, Fixed, Key, Source
 
 
-def components(size: int, left: list[np.ndarray], right: list[np.ndarray]) -> np.ndarray:
-    """Class of every node; edges at node ``STAY`` are left out."""
-    if not left:
-        return np.arange(size)
-    a, b = np.concatenate(left), np.concatenate(right)
-    ok = (a != STAY) & (b != STAY)
+def components(size: int, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Class of every node, numbered by their first nodes; edges at node ``STAY`` are left out.
+
+    Every root hooks to the least root that it meets, all at once, until none meets another: label
+    arrays are long and hardly ever chained, so that a few rounds do.
+    """
+    root = np.arange(size)
+    ok = (a != STAY) & (b != STAY) & (a != b)
     a, b = a[ok], b[ok]
-    matrix = coo_matrix((np.ones(len(a), np.int8), (a, b)), shape=(size, size))
-    return connected_components(matrix, directed=False)[1].astype(np.int64)
+    while len(a):
+        low, high = np.minimum(a, b), np.maximum(a, b)
+        np.minimum.at(root, high, low)
+        while True:
+            up = root[root]
+            if np.array_equal(up, root):
+                break
+            root = up
+        a, b = root[low], root[high]
+        ok = a != b
+        a, b = a[ok], b[ok]
+    return (np.cumsum(root == np.arange(size)) - 1)[root]
 
 
 def identities(ledger: Ledger) -> np.ndarray:
     """Identity of every node: equal where positions meet."""
-    return components(ledger.size, [e.labels for e in ledger.same], ledger.same_to)
+    return components(ledger.size, *pairs(ledger.same, ledger.same_to))
 
 
 def _mode_ties(ledger: Ledger, mode: str) -> None:
@@ -58,9 +70,14 @@ def _mode_ties(ledger: Ledger, mode: str) -> None:
             ledger.tie(s.labels, s.labels[:1], "same positions in every part")
 
 
-def _classes(ledger: Ledger) -> np.ndarray:
-    left = [e.labels for e in ledger.same] + [e.labels for e in ledger.ties]
-    return components(ledger.size, left, ledger.same_to + ledger.tie_to)
+def _classes(ledger: Ledger, ident: np.ndarray) -> np.ndarray:
+    """Class of every node: equal where positions are removed together."""
+    if not ledger.ties:
+        return ident
+    a, b = pairs(ledger.ties, ledger.tie_to)
+    ok = (a != STAY) & (b != STAY)
+    # no other node has the class of STAY, which is 0
+    return components(int(ident.max()) + 1, ident[a[ok]], ident[b[ok]])[ident]
 
 
 def _stuck_shuffles(ledger: Ledger, classes: np.ndarray) -> None:
@@ -84,14 +101,23 @@ def _fixed_nodes(ledger: Ledger) -> tuple[np.ndarray, list[Event]]:
     """For every node the index of the first reason why it stays (or a large number)."""
     events = list(ledger.fixes)
     for relation, to in ((ledger.same, ledger.same_to), (ledger.ties, ledger.tie_to)):
-        for event, other in zip(relation, to):
-            if (event.labels == STAY).any() or (other == STAY).any():
-                nodes = np.concatenate([event.labels[other == STAY], other[event.labels == STAY]])
-                reason = f"meets padding or fixed positions in {event.reason}"
-                events.append(Event(nodes, reason, event.info))
+        if not relation:
+            continue
+        a, b = pairs(relation, to)
+        ends = np.cumsum([len(other) for other in to])
+        for i in np.unique(
+            np.searchsorted(ends, np.flatnonzero((a == STAY) | (b == STAY)), "right")
+        ):
+            event, other = relation[i], to[i]
+            nodes = np.concatenate([event.labels[other == STAY], other[event.labels == STAY]])
+            reason = f"meets padding or fixed positions in {event.reason}"
+            events.append(Event(nodes, reason, event.info))
     first = np.full(ledger.size, len(events), np.int64)
-    for i in range(len(events) - 1, -1, -1):
-        first[events[i].labels] = i
+    if events:
+        nodes = np.concatenate([e.labels for e in events])
+        np.minimum.at(
+            first, nodes, np.repeat(np.arange(len(events)), [len(e.labels) for e in events])
+        )
     return first, events
 
 
@@ -114,7 +140,7 @@ def solve(
             for labels in (g.inputs, g.outputs, g.kernel):
                 ledger.fix(labels, "a grouped kernel that is used in another way as well")
         table_keys[key] = g
-    classes = _classes(ledger)
+    classes = _classes(ledger, ident)
     _stuck_shuffles(ledger, classes)
     first, events = _fixed_nodes(ledger)
     count = int(classes.max()) + 1
@@ -123,138 +149,183 @@ def solve(
     free = why == len(events)
     free[classes[STAY]] = False
 
-    own = {k: classes[s : s + ledger.lengths[k]] for k, s in ledger.starts.items()}
+    keys = tuple(ledger.starts)
+    index = {key: i for i, key in enumerate(keys)}
+    lengths = np.fromiter(ledger.lengths.values(), np.int64, len(keys))
+    starts = np.fromiter(ledger.starts.values(), np.int64, len(keys))
+    owner = np.repeat(np.arange(-1, len(keys)), np.concatenate([[1], lengths]))
+    consumer = np.isin(starts, list(ledger.consumed))
+    tabled = np.zeros(len(keys), bool)
+    tabled[[index[key] for key in table_keys]] = True
+
+    places = _places(classes, owner, tabled)
     # a class that sits on one axis only is carried by nothing else: the variable isn't used
-    seen = np.zeros(count, np.int64)
-    for key, c in own.items():
-        if key not in table_keys:
-            seen[c] += 1  # once, however often a class comes
-    lonely = free & (seen < 2)
-    free &= ~lonely
+    free &= np.bincount(places[0], minlength=count) >= 2
+    numbering = Numbering(keys, starts, owner, classes, consumer, tabled, places)
+    atom_of, group_of_atom, names = numbering.number(free, _first_calls(ledger))
+    labels = atom_of[classes]
+    labels[STAY] = FIXED
 
-    consumer = {k: s in ledger.consumed for k, s in ledger.starts.items()}
-    signature, order, when = _signatures(ledger, own, consumer, free, table_keys, count)
-    atom_of, group_of_atom, names = _number(own, consumer, free, signature, order, table_keys, when)
+    def atoms(nodes: np.ndarray) -> np.ndarray:
+        return labels[nodes]
 
-    def atoms(labels: np.ndarray) -> np.ndarray:
-        out = atom_of[classes[labels]]
-        out[labels == STAY] = FIXED
-        return out
-
-    axes: dict[Key, Axis] = {}
-    fixed: list[Fixed] = []
-    for key, c in own.items():
-        path, axis = key
-        labels = atom_of[c]
-        if key in table_keys:
-            g = table_keys[key]
-            outs = ledger.axis_of(g.outputs)
-            table = atoms(g.inputs)
-            if (table >= 0).any():
-                axes[key] = Axis(
-                    path, axis, np.full(len(c), FIXED), table, outs[1] if outs else None, True
-                )
-                continue
-            labels = np.full(len(c), FIXED)
-        reason = source = None
-        stay = labels == FIXED
-        if stay.any():
-            by = why[c[stay]]
-            for i in np.unique(by):
-                n = int((by == i).sum())
-                if i < len(events):
-                    text, where = events[i].reason, locate(events[i].info)
-                else:
-                    text, where = "no other variable carries these channels", None
-                fixed.append(Fixed(path, axis, n, len(c), text, where))
-                if reason is None:
-                    reason, source = text, where
-        axes[key] = Axis(path, axis, labels, None, None, consumer[key], reason, source)
-
+    tables: dict[int, tuple[np.ndarray, int | None]] = {}
+    for key, g in table_keys.items():
+        table, outs = atoms(g.inputs), ledger.axis_of(g.outputs)
+        if (table >= 0).any():
+            tables[index[key]] = (table, outs[1] if outs else None)
+    shown = labels.copy() if table_keys else labels
+    shown[np.append(tabled, False)[owner]] = FIXED
+    layout = Layout(keys, starts, lengths, owner, shown, consumer, tables)
+    fixed, reasons = _reasons(layout, why[classes], events)
     constraints = constraints_of(ledger, atoms)
     statistics = statistics_of(ledger, atoms, len(group_of_atom))
-    groups = groups_of(axes, group_of_atom, names, constraints, statistics)
+    groups = groups_of(layout, group_of_atom, names, constraints, statistics)
     layers = layers_of(ledger, shapes, atoms)
-    starts = ledger.starts.items()
     return Graph(
-        axes=axes,
+        axes=Axes(layout, reasons),
         groups=groups,
         constraints=constraints,
-        fixed=tuple(fixed),
+        fixed=fixed,
         layers=layers,
         shapes=shapes,
         dtypes=dtypes,
         num_atoms=len(group_of_atom),
-        edges=tuple(sorted(ledger.edges)),
+        links=tuple(sorted(ledger.edges)),
         mode=mode,
-        identity={k: ident[s : s + ledger.lengths[k]] for k, s in starts},
+        layout=layout,
+        identities=ident,
         tables={k: np.where(g.inputs == STAY, -1, ident[g.inputs]) for k, g in table_keys.items()},
         table_nodes={k: g.inputs for k, g in table_keys.items()},
         starts=dict(ledger.starts),
-        twins=twin_pairs(ledger, ident),
+        twins=twin_pairs(ledger, ident, owner),
         literals=tuple(ledger.literals),
         parameters=ledger.parameters,
         notes=tuple(ledger.notes),
     )
 
 
-def _signatures(ledger, own, consumer, free, table_keys, count):
-    """Per class a hash of its producer axes, and when its first layer is met."""
+def _first_calls(ledger: Ledger) -> dict[str, int]:
+    """When each layer is met first."""
     when: dict[str, int] = {}
     for i, layer in enumerate(ledger.layers):
         when.setdefault(layer.path, i)
-    rng = np.random.default_rng(0)
-    signature = np.zeros(count, np.uint64)
-    every = np.zeros(count, np.uint64)
-    order = np.full(count, 1 << 40, np.int64)
-    for key, c in own.items():
-        code = rng.integers(1, 1 << 62, dtype=np.uint64)
-        if key in table_keys:
-            continue
-        every[c] += code  # once, however often a class comes
-        if not consumer[key]:
-            signature[c] += code
-            at = when.get(key[0].rpartition("/")[0], when.get(key[0], 1 << 30))
-            order[c] = np.minimum(order[c], at)
-    signature = np.where(signature == 0, every, signature)
-    return signature, order, when
+    return when
 
 
-def _number(own, consumer, free, signature, order, table_keys, when):
-    """Numbers atoms group by group in program order; names groups by their first producer."""
-    count = len(free)
-    position = np.zeros(count, np.int64)
-    owner: dict[int, Key] = {}
-    best = np.full(count, 1 << 60, np.int64)
-    for rank, (key, c) in enumerate(own.items()):
-        if key in table_keys:
-            continue
+def _places(
+    classes: np.ndarray, owner: np.ndarray, tabled: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of a class and an axis without a table that it sits on, each once."""
+    use = ~np.append(tabled, True)[owner]
+    use[repeats(classes, owner)] = False
+    return classes[use], owner[use]
+
+
+def _reasons(
+    layout: Layout, why: np.ndarray, events: list[Event]
+) -> tuple[tuple[Fixed, ...], dict[int, tuple[str, Source | None]]]:
+    """For every axis and reason that fixes positions of it an entry; the first one of each axis."""
+    use = layout.labels == FIXED
+    use[STAY] = False
+    for i in layout.tables:
+        use[layout.nodes(i)] = False
+    top = len(events) + 1
+    found = layout.owner[use] * top + why[use]
+    # neighbours mostly stay for the same reason: few runs are left
+    begin = np.flatnonzero(np.append(True, found[1:] != found[:-1])) if len(found) else found
+    runs = np.diff(np.append(begin, len(found)))
+    found, which = np.unique(found[begin], return_inverse=True)
+    counts = np.bincount(which, runs, len(found)).astype(np.int64)
+    fixed: list[Fixed] = []
+    reasons: dict[int, tuple[str, Source | None]] = {}
+    for axis, event, n in zip(*np.divmod(found, top), counts.tolist()):
+        if event < len(events):
+            text, where = events[event].reason, locate(events[event].info)
+        else:
+            text, where = "no other variable carries these channels", None
+        fixed.append(Fixed(*layout.keys[axis], n, int(layout.lengths[axis]), text, where))
+        reasons.setdefault(int(axis), (text, where))
+    return tuple(fixed), reasons
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbering:
+    """What numbers atoms and groups: classes and where they sit; see `Layout` for the arrays."""
+
+    keys: tuple[Key, ...]
+    starts: np.ndarray
+    owner: np.ndarray
+    classes: np.ndarray
+    consumer: np.ndarray
+    tabled: np.ndarray
+    places: tuple[np.ndarray, np.ndarray]
+
+    def number(
+        self, free: np.ndarray, when: dict[str, int]
+    ) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Atoms group by group in program order; groups have the names of their first producers.
+
+        Returns:
+          The atom of every class (``FIXED`` where none), the group of every atom, the names.
+        """
+        count, axes = len(free), len(self.keys)
+        at = np.array([_when(when, path) for path, _ in self.keys], np.int64).reshape(-1)
+        signature, order = self._signatures(count, at)
         # the first producer in program order names a group; its kernel before its bias
-        at = when.get(key[0].rpartition("/")[0], when.get(key[0], (1 << 20) - 1))
-        score = (consumer[key] << 50) + (at << 22) + ((key[1] == 0) << 21) + rank
-        better = np.flatnonzero(score < best[c])[::-1]  # backwards: the first position stays
-        best[c[better]] = score
-        position[c[better]] = better
-        owner[score] = key
-    chosen = np.flatnonzero(free)
-    group_order: dict[int, tuple[int, int]] = {}
-    for cls in chosen.tolist():
-        sig = int(signature[cls])
-        mine = (int(order[cls]), int(best[cls]))
-        if sig not in group_order or mine < group_order[sig]:
-            group_order[sig] = mine
-    ranked = sorted(group_order, key=lambda s: group_order[s])
-    index = {sig: i for i, sig in enumerate(ranked)}
-    group = np.array([index[int(signature[c])] for c in chosen], dtype=np.int64)
-    sort = np.lexsort((position[chosen], best[chosen], group)) if len(chosen) else []
-    chosen, group = chosen[sort], group[sort]
-    atom_of = np.full(count, FIXED, np.int64)
-    atom_of[chosen] = np.arange(len(chosen))
-    names: list[str] = []
-    used: dict[str, int] = {}
-    for sig in ranked:
-        path = owner[group_order[sig][1]][0]
-        name = path.rpartition("/")[0] or path
-        used[name] = used.get(name, 0) + 1
-        names.append(name if used[name] == 1 else f"{name}#{used[name]}")
-    return atom_of, group, names
+        first = np.fromiter((axis == 0 for _, axis in self.keys), np.int64, axes)
+        rank = (self.consumer.astype(np.int64) << 50) + (np.minimum(at, (1 << 20) - 1) << 22)
+        rank += (first << 21) + np.arange(axes)
+        best = np.full(count, 1 << 60, np.int64)
+        cls, axis = self.places
+        np.minimum.at(best, cls, rank[axis])
+        chosen = np.flatnonzero(free)
+        home = best & ((1 << 21) - 1)  # the axis
+        position = self._positions(home, count)
+
+        sort = np.lexsort((best[chosen], order[chosen]))
+        _, leads, which = np.unique(signature[chosen][sort], return_index=True, return_inverse=True)
+        ranked = np.argsort(leads)
+        place = np.empty_like(ranked)
+        place[ranked] = np.arange(len(ranked))
+        group = np.empty(len(chosen), np.int64)
+        group[sort] = place[which.reshape(-1)]
+        leaders = chosen[sort[leads[ranked]]]
+
+        sort = np.lexsort((position[chosen], best[chosen], group))
+        chosen, group = chosen[sort], group[sort]
+        atom_of = np.full(count, FIXED, np.int64)
+        atom_of[chosen] = np.arange(len(chosen))
+        names: list[str] = []
+        used: dict[str, int] = {}
+        for i in home[leaders].tolist():
+            path = self.keys[i][0]
+            name = path.rpartition("/")[0] or path
+            used[name] = used.get(name, 0) + 1
+            names.append(name if used[name] == 1 else f"{name}#{used[name]}")
+        return atom_of, group, names
+
+    def _signatures(self, count: int, at: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Per class a hash of its producer axes, and when its first layer is met."""
+        cls, axis = self.places
+        codes = np.random.default_rng(0).integers(1, 1 << 62, len(self.keys), dtype=np.uint64)
+        every, signature = np.zeros(count, np.uint64), np.zeros(count, np.uint64)
+        np.add.at(every, cls, codes[axis])
+        made = ~self.consumer[axis]
+        np.add.at(signature, cls[made], codes[axis[made]])
+        order = np.full(count, 1 << 40, np.int64)
+        np.minimum.at(order, cls[made], at[axis[made]])
+        return np.where(signature == 0, every, signature), order
+
+    def _positions(self, home: np.ndarray, count: int) -> np.ndarray:
+        """Of every class its first position on its home axis."""
+        out = np.full(count, 1 << 60, np.int64)
+        nodes = np.flatnonzero(self.owner == home[self.classes])
+        nodes = nodes[nodes != STAY]
+        axis = self.owner[nodes]
+        np.minimum.at(out, self.classes[nodes], nodes - self.starts[axis])
+        return out
+
+
+def _when(when: dict[str, int], path: str) -> int:
+    return when.get(path.rpartition("/")[0], when.get(path, 1 << 30))

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
-import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from flax import nnx
 
+from cnnjax import modules
 from cnnjax.errors import did_you_mean
 from cnnjax.graph import direct
 from cnnjax.graph.ledger import Ledger
@@ -46,67 +43,67 @@ def evaluation_mode(model: nnx.Module) -> nnx.Module:
 
 def functional(model: nnx.Module) -> tuple[Callable[..., Any], PyTree]:
     """``(fn, variables)`` of an NNX module in evaluation mode: ``fn(variables, *inputs)``."""
-    return functional_parts(*nnx.split(model))
-
-
-def functional_parts(graphdef: Any, state: PyTree) -> tuple[Callable[..., Any], PyTree]:
-    """`functional` of a module that ``nnx.split`` has taken apart already."""
+    graphdef, state = nnx.split(model)
 
     def fn(variables: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         module = nnx.merge(graphdef, variables, copy=True)
-        _evaluate(module)
+        modules.evaluate(module)
         return module(*inputs, **kwargs)
 
     return fn, state
 
 
-_EVALUATION = {"deterministic": True, "use_running_average": True}
-_PLAIN = (bool, int, float, str, bytes, type(None), types.FunctionType, type, np.ndarray, jax.Array)
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A model as a function of its variables, one by one.
 
-
-def _evaluate(model: nnx.Module) -> None:
-    """`evaluation_mode` of a module that is the caller's own, in place: what `nnx.view` would set.
-
-    A view copies the whole module first and looks at every signature, which takes longer than a
-    pass through the network.
+    Attributes:
+      call: ``call(values, *inputs)`` with the values of all variables in order.
+      variables: ``{path: array or ShapeDtypeStruct}``.
+      parameters: the paths that are trained.
     """
-    for node in _nodes(model):
-        if (names := _view_arguments(type(node))) is not None:
-            node.set_view(**{k: v for k, v in _EVALUATION.items() if not names or k in names})
+
+    call: Callable[..., Any]
+    variables: Mapping[str, Any]
+    parameters: frozenset[str]
 
 
-def _nodes(model: nnx.Module) -> list[Any]:
-    """The module and everything in it that is a node of NNX's, each once."""
-    found: list[Any] = []
-    seen: set[int] = set()
-    todo: list[Any] = [model]
-    while todo:
-        node = todo.pop()
-        if isinstance(node, (*_PLAIN, nnx.Variable)) or id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, nnx.Pytree):
-            found.append(node)
-            todo.extend(v for k, v in vars(node).items() if not k.startswith("_pytree__"))
-        elif isinstance(node, list | tuple):
-            todo.extend(node)
-        elif isinstance(node, dict):
-            todo.extend(node.values())
-        elif (one := jax.tree_util.default_registry.flatten_one_level(node)) is not None:
-            todo.extend(one[0])
-    return found
+def program_of(model: nnx.Module | modules.Skeleton) -> Program:
+    """A module in evaluation mode, or one that was taken apart, as a `Program`."""
+    taken = model if isinstance(model, modules.Skeleton) else modules.take(model)
+    if taken is None:
+        fn, state = functional(model)  # type: ignore[arg-type]
+        kinds = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
+        found = function_program(fn, state)
+        if len(kinds) != len(found.variables):
+            return found
+        trained = [p for p, v in zip(found.variables, kinds) if isinstance(v, nnx.Param)]
+        return dataclasses.replace(found, parameters=frozenset(trained))
+
+    def call(values: list[Any], *inputs: Any) -> Any:
+        return taken.build(values, evaluate=True)(*inputs)
+
+    kinds = zip(taken.leaves, taken.kinds)
+    trained = [p for p, kind in kinds if kind is not None and issubclass(kind, nnx.Param)]
+    return Program(call, taken.leaves, frozenset(trained))
 
 
-@functools.cache
-def _view_arguments(cls: type) -> frozenset[str] | None:
-    """The arguments of ``set_view``; empty: any; None: there's no such method."""
-    method = getattr(cls, "set_view", None)
-    if method is None:
-        return None
-    found = inspect.signature(method).parameters.values()
-    if any(p.kind is p.VAR_KEYWORD for p in found):
-        return frozenset()
-    return frozenset(p.name for p in found) | {"self"}
+def function_program(fn: Callable[..., Any], variables: PyTree) -> Program:
+    """A function ``fn(variables, *inputs)`` as a `Program`.
+
+    Raises:
+      GraphError: if two variables have the same path.
+    """
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract(variables))
+    named = {path_string(k): leaf for k, leaf in leaves}
+    if len(named) != len(leaves):
+        raise GraphError("two variables have the same path")
+
+    def call(values: list[Any], *inputs: Any) -> Any:
+        return fn(jax.tree.unflatten(treedef, values), *inputs)
+
+    trained = frozenset(p for p in named if not p.startswith("batch_stats/"))
+    return Program(call, named, trained)
 
 
 def trace(
@@ -137,15 +134,12 @@ def trace(
         if params is not None:
             raise TypeError("params is for functions; an NNX module carries its own variables")
         with direct.no_collection():
-            fn, state = functional(model)
-        kinds = jax.tree.leaves(state, is_leaf=lambda v: isinstance(v, nnx.Variable))
-        flags = [isinstance(v, nnx.Param) for v in kinds]
-        return _trace(fn, state, example_inputs, mode, flags, _module_ties(model))
+            return _trace(program_of(model), example_inputs, mode, _module_ties(model))
     if not callable(model):
         raise TypeError(f"trace takes an NNX module or a function, not {type(model).__name__}")
     if params is None:
         raise TypeError("to trace a function fn(params, *inputs), give params=...")
-    return _trace(model, params, example_inputs, mode, None, ())
+    return _trace(function_program(model, params), example_inputs, mode, ())
 
 
 def trace_fn(
@@ -155,67 +149,43 @@ def trace_fn(
 
     For a Linen dict ``{"params": ..., "batch_stats": ...}`` the paths begin with the collection.
     """
-    return _trace(apply_fn, variables, example_inputs, mode, None, ())
+    return _trace(function_program(apply_fn, variables), example_inputs, mode, ())
 
 
-def program(
-    fn: Callable[..., Any], variables: PyTree, inputs: tuple[Any, ...]
-) -> tuple[Any, list[str], Any]:
-    """The closed jaxpr of ``fn(variables, *inputs)`` and the path of every variable leaf.
+def jaxpr_of(program: Program, inputs: tuple[Any, ...]) -> Any:
+    """The closed jaxpr of ``program.call(values, *inputs)``.
 
     Raises:
-      GraphError: if the function can't be traced on these inputs.
+      GraphError: if the program can't be traced on these inputs.
     """
-    if not inputs:
-        raise TypeError("give at least one example input")
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract(variables))
-    paths = [path_string(k) for k, _ in leaves]
-    if len(set(paths)) != len(paths):
-        raise GraphError("two variables have the same path")
-
-    def flat(variables: list[Any], *inputs: Any) -> Any:
-        return fn(jax.tree.unflatten(treedef, variables), *inputs)
-
     shown = ", ".join(str(getattr(a, "shape", a)) for a in jax.tree.leaves(inputs))
+    values = [abstract(leaf) for leaf in program.variables.values()]
     try:
-        closed = jax.make_jaxpr(flat)([leaf for _, leaf in leaves], *abstract(inputs))
+        return jax.make_jaxpr(program.call)(values, *abstract(inputs))
     except (TypeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
         raise GraphError(f"the model can't run on inputs of shape {shown}: {error}") from error
-    return closed, paths, leaves
 
 
 def analyse(
-    fn: Callable[..., Any],
-    variables: PyTree,
-    inputs: tuple[Any, ...],
-    parameters: list[bool] | None = None,
-    *,
-    original: Graph | None = None,
+    program: Program, inputs: tuple[Any, ...], *, original: Graph | None = None
 ) -> tuple[Ledger, dict[str, tuple[int, ...]], dict[str, Any]]:
-    """Walks the program of ``fn(variables, *inputs)``: its ledger, shapes and dtypes by path.
+    """Walks a program: its ledger, shapes and dtypes by path.
 
     ``original``: the graph of the network that this one was shrunk from: grouped kernels are read
     as such even where one group is left, and dims of length 1 as what they were.
     """
     if not inputs:
         raise TypeError("give at least one example input")
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(abstract(variables))
-    paths = [path_string(k) for k, _ in leaves]
-    if len(set(paths)) != len(paths):
-        raise GraphError("two variables have the same path")
-    if parameters is None:
-        parameters = [not p.startswith("batch_stats/") for p in paths]
-    trainable = frozenset(p for p, yes in zip(paths, parameters) if yes)
-    shapes = {path: tuple(leaf.shape) for path, (_, leaf) in zip(paths, leaves)}
-    dtypes = {path: leaf.dtype for path, (_, leaf) in zip(paths, leaves)}
-    named = [(path, leaf) for path, (_, leaf) in zip(paths, leaves)]
-    ledger = _ledger(trainable, original)
-    outs = direct.run(ledger, fn, treedef, named, abstract(inputs)) if DIRECT else None
+    shapes = {path: tuple(leaf.shape) for path, leaf in program.variables.items()}
+    dtypes = {path: leaf.dtype for path, leaf in program.variables.items()}
+    ledger = _ledger(program.parameters, original)
+    named = list(program.variables.items())
+    outs = direct.run(ledger, program.call, named, abstract(inputs)) if DIRECT else None
     if outs is None:
-        closed, _, _ = program(fn, variables, inputs)
-        ledger = _ledger(trainable, original)
-        args = [ledger.variable(path, shapes[path]) for path in paths]
-        for aval in closed.in_avals[len(paths) :]:
+        closed = jaxpr_of(program, inputs)
+        ledger = _ledger(program.parameters, original)
+        args = [ledger.variable(path, shape) for path, shape in shapes.items()]
+        for aval in closed.in_avals[len(args) :]:
             args.append(opaque(aval.shape, "the model's input", act=True))
         outs = walk(ledger, closed.jaxpr, [constant_of(c) for c in closed.consts], args)
     ledger.info = None
@@ -244,7 +214,7 @@ def _module_ties(model: nnx.Module) -> tuple[tuple[str, str, int, str], ...]:
     ``MultiHeadAttention`` refuses values with another head size than the queries.
     """
     out = []
-    if not any(isinstance(node, nnx.MultiHeadAttention) for node in _nodes(model)):
+    if not any(isinstance(node, nnx.MultiHeadAttention) for node in modules.nodes(model)):
         return ()
     for path, module in nnx.iter_modules(model):
         if isinstance(module, nnx.MultiHeadAttention):
@@ -255,17 +225,15 @@ def _module_ties(model: nnx.Module) -> tuple[tuple[str, str, int, str], ...]:
 
 
 def _trace(
-    fn: Callable[..., Any],
-    variables: PyTree,
+    program: Program,
     inputs: tuple[Any, ...],
     mode: str,
-    parameters: list[bool] | None,
     ties: tuple[tuple[str, str, int, str], ...],
 ) -> Graph:
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}.{did_you_mean(mode, MODES)}")
     with direct.no_collection():
-        ledger, shapes, dtypes = analyse(fn, variables, inputs, parameters)
+        ledger, shapes, dtypes = analyse(program, inputs)
         for one, other, axis, reason in ties:
             if (one, axis) in ledger.starts and (other, axis) in ledger.starts:
                 ledger.tie(ledger.nodes((one, axis)), ledger.nodes((other, axis)), reason)

@@ -11,38 +11,44 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from cnnjax.graph.ledger import STAY, Ledger
+from cnnjax.graph.ledger import STAY, Ledger, pairs
 from cnnjax.graph.types import Key
 
 
 def joined(ledger: Ledger) -> np.ndarray:
     """All pairs (P, 2) of different nodes that meet, none of them immovable."""
-    if not ledger.same:
-        return np.zeros((0, 2), np.int64)
-    a = np.concatenate([e.labels for e in ledger.same])
-    b = np.concatenate(ledger.same_to)
+    a, b = pairs(ledger.same, ledger.same_to)
     use = (a != b) & (a != STAY) & (b != STAY)
     return np.stack([a[use], b[use]], axis=1)
 
 
-def twin_pairs(ledger: Ledger, ident: np.ndarray) -> np.ndarray:
+def repeats(classes: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The nodes, but the first one of its kind, whose class comes more than once on their axis.
+
+    Args:
+      classes: of every node; node 0 is on no axis.
+      owner: the axis of every node, those of one axis next to each other.
+    """
+    # on nearly every axis classes grow, which is seen without sorting
+    falls = (classes[1:] <= classes[:-1]) & (owner[1:] == owner[:-1])
+    out = [np.zeros(0, np.int64)]
+    for axis in np.flatnonzero(np.bincount(owner[1:][falls])) if falls.any() else ():
+        start, stop = np.searchsorted(owner, [axis, axis + 1])
+        order = np.argsort(classes[start:stop], kind="stable")
+        found = classes[start:stop][order]
+        out.append(start + order[1:][found[1:] == found[:-1]])
+    return np.concatenate(out)
+
+
+def twin_pairs(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> np.ndarray:
     """The joined pairs (P, 2) of nodes whose class comes more than once on some axis."""
-    lengths = list(ledger.lengths.values())
-    starts = list(ledger.starts.values())
-    if not lengths:
+    again = repeats(ident, owner)
+    if not len(again):
         return np.zeros((0, 2), np.int64)
-    nodes = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths)])
-    places = ident[nodes].astype(np.int64) * len(lengths) + np.repeat(
-        np.arange(len(lengths)), lengths
-    )
-    places.sort()
     twice = np.zeros(int(ident.max()) + 1, bool)
-    twice[places[1:][places[1:] == places[:-1]] // len(lengths)] = True
-    twice[ident[STAY]] = False
-    if not twice.any():
-        return np.zeros((0, 2), np.int64)
-    pairs = joined(ledger)
-    return pairs[twice[ident[pairs[:, 0]]]]
+    twice[ident[again]] = True
+    met = joined(ledger)
+    return met[twice[ident[met[:, 0]]]]
 
 
 class Twins:
@@ -57,18 +63,13 @@ class Twins:
         self,
         pairs: np.ndarray,
         starts: Mapping[Key, int],
-        identity: Mapping[Key, np.ndarray],
+        identity: np.ndarray,
         ledger: Ledger,
     ) -> None:
         self.pairs, self.starts, self.ledger = pairs, starts, ledger
         self.new_pairs = joined(ledger) if len(pairs) else pairs
-        self.old = np.full(ledger.size, -1, np.int64)
-        self.identity = np.full(
-            max((s + len(identity[k]) for k, s in starts.items()), default=1), -1, np.int64
-        )
-        if len(pairs):
-            for key, start in starts.items():
-                self.identity[start : start + len(identity[key])] = identity[key]
+        self.old = np.full(ledger.size if len(pairs) else 0, -1, np.int64)
+        self.identity = identity
         self.ids = np.unique(self.identity[pairs[:, 0]]) if len(pairs) else np.zeros(0, np.int64)
 
     def among(self, ids: np.ndarray) -> bool:
@@ -77,6 +78,8 @@ class Twins:
 
     def assign(self, key: Key, index: np.ndarray) -> None:
         """Says which old positions the positions of a new axis are."""
+        if not len(self.pairs):
+            return
         start = self.ledger.starts[key]
         self.old[start : start + len(index)] = self.starts[key] + index
 

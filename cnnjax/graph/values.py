@@ -51,8 +51,22 @@ class Value:
 
     def like(self, **changes: Any) -> Value:
         """A copy with some fields changed; the constant is dropped unless given."""
-        changes.setdefault("const", None)
-        return dataclasses.replace(self, **changes)
+        out = Value(
+            self.shape,
+            self.comps,
+            self.distinct,
+            None,
+            self.act,
+            self.leaves,
+            self.src,
+            self.why,
+            self.scales,
+            self.sums,
+            self.normal,
+        )
+        for name, value in changes.items():
+            setattr(out, name, value)
+        return out
 
 
 def constant(array: Any) -> Value:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import jax
 import numpy as np
 
 from cnnjax.errors import did_you_mean
@@ -51,19 +50,26 @@ def score_atoms(
             raise KeyError(
                 f"scores for {path!r}, which is no variable.{did_you_mean(path, graph.shapes)}"
             )
-        values = np.asarray(jax.device_get(leaf))
+        values = np.asarray(leaf)
         if values.dtype not in (np.float32, np.float64):
             values = values.astype(np.float64)
         for axis, vector in _vectors(graph, path, values, within):
             labels = graph.axes[path, axis].labels
             on = labels >= 0
-            if np.isnan(vector[on]).any():
+            if not on.all():
+                labels, vector = labels[on], vector[on]
+            if not len(labels):
+                continue
+            if np.isnan(vector).any():
                 raise ValueError(f"the scores of {path!r} hold NaN")
+            if within in ("sum", "mean", "max", "min") and (labels[1:] > labels[:-1]).all():
+                atoms.append(labels)  # each atom once, as nearly everywhere
+                total.append(vector)
+                continue
             # an atom on several positions of one axis: those are parts of the same channel
-            unique, where = np.unique(labels[on], return_inverse=True)
-            if len(unique):
-                atoms.append(unique)
-                total.append(_by_label(vector[on], where, len(unique), within))
+            unique, where = np.unique(labels, return_inverse=True)
+            atoms.append(unique)
+            total.append(_by_label(vector, where, len(unique), within))
     if not atoms:
         raise ValueError(
             "no score belongs to a group that can be pruned; scores need the paths of the "
@@ -77,13 +83,13 @@ def _vectors(
     graph: Graph, path: str, values: np.ndarray, within: str
 ) -> Iterator[tuple[int, np.ndarray]]:
     """(axis, score of each position) for every producing axis that carries atoms."""
-    shape = graph.shapes[path]
+    shape, layout = graph.shapes[path], graph.layout
+    first = layout.index[path, 0] if shape else 0
+    consumer = layout.consumer[first : first + len(shape)].tolist()
     axes = [
         d
         for d in range(len(shape))
-        if graph.axes[path, d].prunable
-        and not graph.axes[path, d].consumer
-        and graph.axes[path, d].table is None
+        if layout.prunable[first + d] and not consumer[d] and first + d not in layout.tables
     ]
     if values.shape == shape:
         for d in axes:
@@ -91,7 +97,7 @@ def _vectors(
             yield d, REDUCE[within](values, others) if others else values
         return
     if values.ndim == 1:
-        making = [d for d in range(len(shape)) if not graph.axes[path, d].consumer]
+        making = [d for d in range(len(shape)) if not consumer[d]]
         if making and len(values) == shape[making[-1]]:
             if making[-1] in axes:
                 yield making[-1], values

@@ -138,11 +138,16 @@ def check_keep(graph: Graph, alive: np.ndarray) -> None:
     """
     if alive.shape != (graph.num_atoms,):
         raise ValueError(f"alive has shape {alive.shape}, the graph has {graph.num_atoms} atoms")
-    for (path, axis), one in graph.axes.items():
-        if one.size and not one.alive(alive).any():
-            raise ValueError(
-                f"axis {axis} of {path!r} would be empty: all its {one.size} channels go"
-            )
+    layout = graph.layout
+    running = np.concatenate([[0], np.cumsum(layout.alive(alive))])
+    left = running[layout.starts + layout.lengths] - running[layout.starts]
+    for i, (table, _) in layout.tables.items():
+        left[i] = np.append(alive, True)[table].sum()
+    empty = np.flatnonzero((left == 0) & (layout.lengths > 0))
+    if len(empty):
+        path, axis = layout.keys[empty[0]]
+        size = layout.lengths[empty[0]]
+        raise ValueError(f"axis {axis} of {path!r} would be empty: all its {size} channels go")
     for c in graph.constraints:
         # untouched, a shuffle of channels that don't divide evenly is as it was
         if not alive[c.atoms].all() and not c.holds(alive):

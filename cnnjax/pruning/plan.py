@@ -74,9 +74,9 @@ def _allowed(graph: Graph, pool: Pool, round_to: int, min_width: int) -> np.ndar
     """Numbers of steps that leave every width at least minimal and round; 0 is always one."""
     good = np.ones(pool.steps + 1, bool)
     for g in pool.groups:
-        atoms = graph.groups[g].atoms
-        mine = [i for i, c in enumerate(pool.cells) if np.isin(c[0], atoms)]
-        width = pool.kept[:, mine].sum(axis=1)
+        atoms = graph.groups[g].atoms  # neighbours in number, in order
+        mine = [i for i, c in enumerate(pool.cells) if atoms[0] <= c[0] <= atoms[-1]]
+        width = pool.kept[:, mine].sum(axis=1) if len(pool.cells) > 1 else pool.kept[:, 0]
         full = width[0]
         good &= width >= max(1, min(min_width, full))
         good &= (width % round_to == 0) | (width == full)

@@ -67,6 +67,9 @@ class Pool:
         Args:
           score: of every atom of the graph; the lowest go first, ties by atom number.
         """
+        if len(self.cells) == 1 and self.steps == self.size:
+            (cell,) = self.cells
+            return cell[np.lexsort((cell, score[cell]))]
         atoms, step = [], []
         for i, cell in enumerate(self.cells):
             atoms.append(cell[np.lexsort((cell, score[cell]))])
@@ -87,14 +90,24 @@ def pools(graph: Graph) -> tuple[Pool, ...]:
     touched = [t[t >= 0] for t in touched]
     component = _components(
         len(graph.groups), [np.unique(group_of[atoms]) for atoms in touched if len(atoms)]
-    )
+    )  # of groups
+    mine: dict[int, list[tuple[np.ndarray, ...]]] = {}
+    for family, atoms in zip(families, touched):
+        if len(atoms):
+            mine.setdefault(int(component[group_of[atoms[0]]]), []).append(family)
     out: list[Pool] = []
     for label in range(int(component.max()) + 1 if len(component) else 0):
+        if label not in mine:
+            continue
         groups = np.flatnonzero(component == label)
-        mine = [f for f, t in zip(families, touched) if len(t) and group_of[t[0]] in groups]
         atoms = np.concatenate([graph.groups[g].atoms for g in groups])
-        cells, rows = _cells(atoms, group_of[atoms], mine, graph.num_atoms)
+        cells, rows = _cells(atoms, group_of[atoms], mine[label], graph.num_atoms)
         out += _blocks(graph, group_of, cells, rows)
+    for group, label in zip(graph.groups, component.tolist()):
+        n = group.size
+        if label not in mine and n > 1:  # nothing asks for anything: one channel at a time
+            kept = np.arange(n, -1, -1)[:, None]
+            out.append(Pool(group.name, (group.index,), (group.atoms,), kept, group.statistic))
     return tuple(sorted(out, key=lambda p: (p.groups, p.cells[0][0])))
 
 

@@ -19,7 +19,7 @@ from flax import nnx
 from cnnjax import surgery
 from cnnjax.graph import Graph, label_check
 from cnnjax.graph.direct import no_collection
-from cnnjax.graph.tracing import functional_parts
+from cnnjax.graph.tracing import program_of as unrolled
 from cnnjax.pruning.keep import Keep, check_keep
 from cnnjax.pruning.proof import program_of, prove_equal
 from cnnjax.tree import flatten, map_with_path
@@ -119,16 +119,16 @@ def cut(
         model, shapes, static=_static(model.model, graph, alive), why="shrink", abstract=True
     )
     apart = surgery.parts(blank)
-    fn, variables = functional_parts(apart.graphdef, apart.state)
-    order = label_check(fn, graph, alive, params=variables)
+    order = label_check(unrolled(apart.skeleton or blank), graph, alive)
     return Cut(*cut_index(graph, order), blank, apart)
 
 
 def cut_shapes(graph: Graph, alive: np.ndarray) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes of the variables that a decision makes smaller."""
-    shapes = {}
+    kept, at, shapes = graph.layout.kept(alive).tolist(), 0, {}
     for path, shape in graph.shapes.items():
-        new = tuple(graph.axes[path, d].kept(alive).shape[-1] for d in range(len(shape)))
+        new = tuple(kept[at : at + len(shape)])
+        at += len(shape)
         if new != shape:
             shapes[path] = jax.ShapeDtypeStruct(new, graph.dtypes[path])
     return shapes
@@ -142,16 +142,23 @@ def cut_index(
     outputs: dict[str, int] = {}
     for path, shape in graph.shapes.items():
         for d, n in enumerate(shape):
-            positions = np.asarray(order[path, d])
+            positions = order[path, d]
+            if positions.ndim == 1 and len(positions) == n and _in_order(positions):
+                continue
             if positions.ndim == 2 and (positions == positions[0]).all():
                 positions = positions[0]
             if positions.ndim == 2:
                 on = graph.axes[path, d].table_axis
                 outputs[path] = len(shape) - 1 if on is None else on
-            elif np.array_equal(positions, np.arange(n)):
+            elif len(positions) == n and _in_order(positions):
                 continue
             index.setdefault(path, {})[d] = positions
     return index, outputs
+
+
+def _in_order(positions: np.ndarray) -> bool:
+    """Whether these are all positions of an axis, as they are."""
+    return bool((positions[1:] > positions[:-1]).all())
 
 
 def _alive(keep: Keep | np.ndarray) -> np.ndarray:

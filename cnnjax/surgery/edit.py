@@ -97,8 +97,8 @@ def rebuild(
     after = {**old, **leaves}
     if abstract:
         after = {p: jax.ShapeDtypeStruct(x.shape, x.dtype) for p, x in after.items()}
-    new = taken.build(after)
-    changed = layers.mend(new, old, after, static)
+    new, found = taken.build_modules(after)
+    changed = layers.mend(new, old, after, static, found)
     shapes = {
         p: list(map(int, leaf.shape))
         for p, leaf in leaves.items()

@@ -8,7 +8,7 @@ from flax import nnx
 from flax.core import FrozenDict
 
 from cnnjax import ops
-from cnnjax.surgery.layers import register, shape_of
+from cnnjax.surgery.layers import put, register, shape_of
 from cnnjax.surgery.walk import Shape
 
 
@@ -34,29 +34,27 @@ def _conv(layer: Any, old: dict[str, Shape]) -> None:
     shape = shape_of(layer, "kernel")
     # a group count that the caller changed is taken as given
     if layer.feature_group_count * old["kernel"][-2] == layer.in_features:
-        layer.feature_group_count = _groups(layer, old)
+        put(layer, feature_group_count=_groups(layer, old))
     groups = layer.feature_group_count
     if shape[-1] % groups:
         raise ValueError(
             f"{shape[-1]} output channels do not divide into {groups} convolution groups; keep the "
             "same number in every group, or whole groups"
         )
-    layer.kernel_shape = shape
-    layer.in_features = shape[-2] * groups
-    layer.out_features = shape[-1]
+    put(layer, kernel_shape=shape, in_features=shape[-2] * groups, out_features=shape[-1])
 
 
 @register(nnx.ConvTranspose)
 def _conv_transpose(layer: Any, old: dict[str, Shape]) -> None:
     shape = shape_of(layer, "kernel")
     ins, outs = (-1, -2) if layer.transpose_kernel else (-2, -1)
-    layer.kernel_shape = shape
-    layer.in_features, layer.out_features = shape[ins], shape[outs]
+    put(layer, kernel_shape=shape, in_features=shape[ins], out_features=shape[outs])
 
 
 @register(nnx.Linear)
 def _linear(layer: Any, old: dict[str, Shape]) -> None:
-    layer.in_features, layer.out_features = shape_of(layer, "kernel")
+    ins, outs = shape_of(layer, "kernel")
+    put(layer, in_features=ins, out_features=outs)
 
 
 @register(nnx.LinearGeneral)
@@ -83,7 +81,7 @@ def _embed(layer: Any, old: dict[str, Shape]) -> None:
 
 @register(nnx.BatchNorm)
 def _batch_norm(layer: Any, old: dict[str, Shape]) -> None:
-    layer.num_features = shape_of(layer, "mean")[0]
+    put(layer, num_features=shape_of(layer, "mean")[0])
 
 
 def _first(layer: Any) -> Shape:
@@ -93,7 +91,8 @@ def _first(layer: Any) -> Shape:
 @register(nnx.LayerNorm)
 def _layer_norm(layer: Any, old: dict[str, Shape]) -> None:
     shape = _first(layer)
-    layer.num_features = shape[0] if len(shape) == 1 else layer.num_features
+    if len(shape) == 1:
+        put(layer, num_features=shape[0])
 
 
 register(nnx.InstanceNorm)(_layer_norm)
@@ -109,7 +108,7 @@ def _group_norm(layer: Any, old: dict[str, Shape]) -> None:
             f"{features} channels do not divide into {layer.num_groups} normalization groups; keep "
             "the same number in every group, or whole groups"
         )
-    layer.group_size = features // layer.num_groups
+    put(layer, group_size=features // layer.num_groups)
 
 
 @register(nnx.MultiHeadAttention)

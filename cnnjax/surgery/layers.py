@@ -11,7 +11,7 @@ from typing import Any
 
 from flax import nnx
 
-from cnnjax.surgery.walk import Shape, by_module, modules, statics
+from cnnjax.surgery.walk import Shape, modules, statics
 
 Mend = Callable[[Any, dict[str, Shape]], None]
 
@@ -93,7 +93,22 @@ def shape_of(layer: Any, leaf: str) -> Shape:
     """The shape of the layer's variable ``leaf`` (a path within the layer)."""
     for part in leaf.split("/"):
         layer = getattr(layer, part)
-    return tuple(layer.shape)
+    return tuple((layer.get_raw_value() if isinstance(layer, nnx.Variable) else layer).shape)
+
+
+def put(layer: Any, **attributes: int | tuple[int, ...]) -> None:
+    """Sets static attributes, numbers and tuples of them, where they are others than before.
+
+    NNX looks for data in every value that is set; what is static and stays so needs no look.
+    """
+    for name, value in attributes.items():
+        old = layer.__dict__.get(name)
+        if type(old) is type(value) and old == value:
+            continue
+        if type(value) in (int, tuple) and layer._pytree__nodes.get(name) is False:
+            layer.__dict__[name] = value
+        else:
+            setattr(layer, name, value)
 
 
 def mend(
@@ -101,6 +116,7 @@ def mend(
     old: Mapping[str, Any],
     new: Mapping[str, Any],
     static: Mapping[str, Mapping[str, Any]] | None = None,
+    found: Mapping[str, nnx.Module] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Sets the static attributes of every layer whose leaves changed shape, in place.
 
@@ -109,6 +125,7 @@ def mend(
       old: the leaves before, by path.
       new: the leaves after, by path.
       static: attributes to set first, by module path (e.g. a new ``feature_group_count``).
+      found: the modules of ``model`` by path, children first, where they are known.
 
     Returns:
       The attributes that changed: ``{module path: {attribute: new value}}``.
@@ -120,13 +137,19 @@ def mend(
     """
     static = dict(static or {})
     before = {p: tuple(leaf.shape) for p, leaf in old.items()}
-    changed = {p for p, leaf in new.items() if before.get(p) != tuple(leaf.shape)}
+    changed = [p for p, leaf in new.items() if before.get(p) != tuple(leaf.shape)]
     report: dict[str, dict[str, Any]] = {}
-    touched_at = by_module(dict.fromkeys(sorted(changed)))
-    shapes_at = by_module(before)
-    for path, module in modules(model).items():
+    touched_at: dict[str, list[str]] = {}  # the module's own leaves; [] where those below changed
+    for leaf in sorted(changed):
+        owner, _, name = leaf.rpartition("/")
+        touched_at.setdefault(owner, []).append(name)
+        while owner:
+            owner = owner.rpartition("/")[0]
+            touched_at.setdefault(owner, [])
+    shapes_at = _Shapes(before)
+    for path, module in (modules(model) if found is None else found).items():
         given = static.pop(path, {})
-        touched = list(touched_at.get(path, ()))
+        touched = path in touched_at
         if not touched and not given:
             continue
         was = dict(vars(module))
@@ -135,11 +158,11 @@ def mend(
         rule = rule_of(type(module))
         if touched and rule is not None:
             try:
-                rule(module, shapes_at[path])
+                rule(module, shapes_at.below(path))
             except ValueError as error:
                 raise ValueError(f"{path or 'the root'}: {error}") from error
-        elif touched:
-            _refuse_stale(module, path, before, new, [p for p in touched if "/" not in p], given)
+        elif touched and touched_at[path]:
+            _refuse_stale(module, path, before, new, touched_at[path], given)
         # only attributes that were set anew can differ; variables are never set here
         if diff := {
             k: v
@@ -150,6 +173,36 @@ def mend(
     if static:
         raise KeyError(f"no module at {sorted(static)[0]!r} to set attributes on")
     return report
+
+
+class _Shapes:
+    """Shapes of leaves, found by the module above them."""
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        self.own: dict[str, dict[str, Shape]] = {}
+        self.inner: dict[str, dict[str, None]] = {}  # the modules right below, in order
+        for path, shape in shapes.items():
+            owner, _, name = path.rpartition("/")
+            if owner not in self.own and owner:
+                self._link(owner)
+            self.own.setdefault(owner, {})[name] = shape
+
+    def _link(self, path: str) -> None:
+        while path:
+            above, _, name = path.rpartition("/")
+            seen = self.inner.setdefault(above, {})
+            if name in seen:
+                return
+            seen[name] = None
+            path = above
+
+    def below(self, path: str) -> dict[str, Shape]:
+        """``{path within the module: shape}``."""
+        out = dict(self.own.get(path, {}))
+        for name in self.inner.get(path, {}):
+            inside = self.below(f"{path}/{name}" if path else name)
+            out |= {f"{name}/{p}": shape for p, shape in inside.items()}
+        return out
 
 
 def _refuse_stale(

@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from cnnjax.errors import did_you_mean
+from cnnjax.modules import Skeleton, take
 from cnnjax.surgery.record import ATTRIBUTE
 from cnnjax.tree import flatten
 
@@ -63,17 +64,7 @@ def module_at(model: nnx.Module, path: str) -> nnx.Module:
 
 def leaves(model: nnx.Module) -> dict[str, Any]:
     """``{path: array or ShapeDtypeStruct}`` of every variable of the model."""
-    return flatten(nnx.state(model))
-
-
-def by_module(all_leaves: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """``{module path: {path within the module: leaf}}``, for every module on the way to a leaf."""
-    out: dict[str, dict[str, Any]] = {"": dict(all_leaves)}
-    for path, leaf in all_leaves.items():
-        parts = path.split("/")
-        for i in range(1, len(parts)):
-            out.setdefault("/".join(parts[:i]), {})["/".join(parts[i:])] = leaf
-    return out
+    return parts(model).leaves
 
 
 def statics(module: nnx.Module) -> dict[str, Any]:
@@ -89,24 +80,49 @@ def statics(module: nnx.Module) -> dict[str, Any]:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-    """A model taken apart once: structure and leaves by path; ``model`` is the one taken apart."""
+    """A model taken apart once.
+
+    Attributes:
+      model: the one taken apart.
+      leaves: ``{path: array or ShapeDtypeStruct}`` of its variables.
+      skeleton: its structure, or None where NNX has to take it apart:
+      split: what ``nnx.split`` gave then.
+    """
 
     model: nnx.Module
-    graphdef: Any
-    state: Any
     leaves: dict[str, Any]
+    skeleton: Skeleton | None
+    split: tuple[Any, Any] | None = None
 
     def build(self, leaves: Mapping[str, Any]) -> nnx.Module:
         """A new module of the same structure; shares no variable with the original."""
+        if self.skeleton is not None:
+            return self.skeleton.build(leaves)
+        assert self.split is not None
+        graphdef, state = self.split
         # the unflattening rebuilds every variable: nnx.merge(graphdef, state) would share them
-        state = jax.tree.unflatten(jax.tree.structure(self.state), [leaves[p] for p in self.leaves])
-        return nnx.merge(self.graphdef, state)
+        state = jax.tree.unflatten(jax.tree.structure(state), [leaves[p] for p in self.leaves])
+        return nnx.merge(graphdef, state)
+
+    def build_modules(
+        self, leaves: Mapping[str, Any]
+    ) -> tuple[nnx.Module, Mapping[str, nnx.Module]]:
+        """`build`, and the modules of the result by path, children before their parents."""
+        if self.skeleton is None:
+            model = self.build(leaves)
+            return model, modules(model)
+        made = self.skeleton.build_nodes(leaves)
+        found = {p: n for p, n in reversed(made.items()) if isinstance(n, nnx.Module)}
+        return made[""], found
 
 
 def parts(model: nnx.Module) -> Parts:
     """Takes a model apart."""
+    skeleton = take(model)
+    if skeleton is not None:
+        return Parts(model, skeleton.leaves, skeleton)
     graphdef, state = nnx.split(model)
-    return Parts(model, graphdef, state, flatten(state))
+    return Parts(model, flatten(state), None, (graphdef, state))
 
 
 def map_leaves(model: nnx.Module, fn: Callable[[str, Any], Any]) -> nnx.Module:
