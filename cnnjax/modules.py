@@ -38,9 +38,6 @@ class Skeleton:
       nodes: ``{path: node of model}``, parents before children; the root's path is ``""``.
     """
 
-    __slots__ = ("_classes", "_kids", "_slots", "_static", "_variables", "kinds", "leaves", "model")
-    __slots__ += ("nodes",)
-
     def __init__(self, model: Any) -> None:
         self.model = model
         self.leaves: dict[str, Any] = {}

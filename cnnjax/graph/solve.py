@@ -244,7 +244,8 @@ def _reasons(
             text, where = events[event].reason, locate(events[event].info)
         else:
             text, where = "no other variable carries these channels", None
-        fixed.append(Fixed(*layout.keys[axis], n, int(layout.lengths[axis]), text, where))
+        path, d = layout.keys[axis]
+        fixed.append(Fixed(path, d, n, int(layout.lengths[axis]), text, where))
         reasons.setdefault(int(axis), (text, where))
     return tuple(fixed), reasons
 

@@ -116,7 +116,7 @@ def cut(
         )
         return Cut(*cut_index(graph, label_check(model, graph, alive, params=blank)), blank)
     blank = surgery.rebuild(
-        model, shapes, static=_static(model.model, graph, alive), why="shrink", abstract=True
+        model, shapes, static=_static(model, graph, alive), why="shrink", abstract=True
     )
     apart = surgery.parts(blank)
     order = label_check(unrolled(apart.skeleton or blank), graph, alive)
@@ -165,10 +165,10 @@ def _alive(keep: Keep | np.ndarray) -> np.ndarray:
     return np.asarray(keep.alive if isinstance(keep, Keep) else keep, bool)
 
 
-def _static(model: nnx.Module, graph: Graph, alive: np.ndarray) -> dict[str, dict[str, Any]]:
+def _static(taken: surgery.Parts, graph: Graph, alive: np.ndarray) -> dict[str, dict[str, Any]]:
     """The counts of conv-groups and of normalization groups that are left."""
     out: dict[str, dict[str, Any]] = {}
-    modules = surgery.modules(model)
+    modules = taken.modules()
     for c in graph.constraints:
         owner = modules.get(c.path or "")
         if c.kind == "grouped" and hasattr(owner, "feature_group_count"):

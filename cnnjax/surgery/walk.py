@@ -104,6 +104,12 @@ class Parts:
         state = jax.tree.unflatten(jax.tree.structure(state), [leaves[p] for p in self.leaves])
         return nnx.merge(graphdef, state)
 
+    def modules(self) -> Mapping[str, nnx.Module]:
+        """The modules of ``model`` by path, children before their parents."""
+        return (
+            modules(self.model) if self.skeleton is None else _children_first(self.skeleton.nodes)
+        )
+
     def build_modules(
         self, leaves: Mapping[str, Any]
     ) -> tuple[nnx.Module, Mapping[str, nnx.Module]]:
@@ -112,8 +118,11 @@ class Parts:
             model = self.build(leaves)
             return model, modules(model)
         made = self.skeleton.build_nodes(leaves)
-        found = {p: n for p, n in reversed(made.items()) if isinstance(n, nnx.Module)}
-        return made[""], found
+        return made[""], _children_first(made)
+
+
+def _children_first(nodes: dict[str, Any]) -> dict[str, nnx.Module]:
+    return {p: n for p, n in reversed(nodes.items()) if isinstance(n, nnx.Module)}
 
 
 def parts(model: nnx.Module) -> Parts:
