@@ -21,13 +21,13 @@ from cnnjax.factorization.chain import (
 )
 from cnnjax.factorization.choose import choose_ranks
 from cnnjax.factorization.circulant import circulant_learn, circulant_reconfigure
+from cnnjax.factorization.compact import CompactLayer, compact_maps
 from cnnjax.factorization.compose import compose_chain, data_reconstruct
 from cnnjax.factorization.constrained import constrain_low_rank
 from cnnjax.factorization.cp import CPInfo, best_of, compose_cp, cp_als, cp_tpm
 from cnnjax.factorization.cp_nls import cp_nls
 from cnnjax.factorization.cp_rules import CP, Scheme1
 from cnnjax.factorization.denil import (
-    PredictedLinear,
     prediction_dictionary,
     smoothness_gate,
     squared_exponential,
@@ -38,8 +38,11 @@ from cnnjax.factorization.denton import (
     monochromatic_conv,
     unbicluster,
 )
+from cnnjax.factorization.denton_rules import Biclustered, Monochromatic
 from cnnjax.factorization.effects import LayerEffect, layer_effects
+from cnnjax.factorization.filter_rules import SeparableFilters, SeparableTransform, Tucker
 from cnnjax.factorization.latency import Measured, keep_faster, time_pair
+from cnnjax.factorization.layers import Fixed, FixedConv, PredictedLinear, Reorder
 from cnnjax.factorization.layerwise import factorize_layerwise
 from cnnjax.factorization.matrix import (
     dual_filter_basis,
@@ -51,6 +54,7 @@ from cnnjax.factorization.matrix import (
 )
 from cnnjax.factorization.named import make_rule, parse_rank, rule_names
 from cnnjax.factorization.network import LayerPlan, Plan, factorize, plan, report
+from cnnjax.factorization.predict_rules import Predicted, with_input_covariances
 from cnnjax.factorization.ranks import (
     allocate_ranks,
     break_even_rank,
@@ -107,11 +111,15 @@ __all__ = [
     "EVBMF",
     "Asymmetric3D",
     "Basis",
+    "Biclustered",
     "CPInfo",
     "Chain",
+    "CompactLayer",
     "ConvSpec",
     "DualBasis",
     "Energy",
+    "Fixed",
+    "FixedConv",
     "LayerEffect",
     "LayerFit",
     "LayerPlan",
@@ -119,15 +127,21 @@ __all__ = [
     "MacsRatio",
     "Measured",
     "Menus",
+    "Monochromatic",
     "Option",
     "Plan",
+    "Predicted",
     "PredictedLinear",
     "Reconstruction",
+    "Reorder",
     "Rule",
     "Scheme1",
+    "SeparableFilters",
+    "SeparableTransform",
     "Site",
     "Spatial",
     "TensorTrain",
+    "Tucker",
     "Tucker2",
     "Tucker2Factors",
     "VBMFRank",
@@ -142,6 +156,7 @@ __all__ = [
     "choose_ranks",
     "circulant_learn",
     "circulant_reconfigure",
+    "compact_maps",
     "compose_chain",
     "compose_cp",
     "compose_scheme1",
@@ -211,4 +226,5 @@ __all__ = [
     "tucker_hooi",
     "unbicluster",
     "weighted_svd",
+    "with_input_covariances",
 ]

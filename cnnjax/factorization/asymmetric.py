@@ -116,7 +116,7 @@ def pca_plan(
     rules = {"**": rules} if isinstance(rules, Rule) else dict(rules)
     # any rank will do to see which layers the rules reach and what those cost
     reached = plan(model, {g: r and dataclasses.replace(r, rank=1) for g, r in rules.items()})
-    skipped = ("depthwise", "dense: only Basis applies")
+    skipped = ("depthwise", "dense: only Basis and Predicted apply")
     chosen_rules = {p.path: p.rule for p in reached.layers if p.kept not in skipped}
     for path, rule in chosen_rules.items():
         if not isinstance(rule, Basis | Asymmetric3D):

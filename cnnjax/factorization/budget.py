@@ -11,10 +11,10 @@ import numpy as np
 from flax import nnx
 
 from cnnjax import graph as graphs
-from cnnjax.factorization.chain import ConvSpec, conv_cost, split_groups, stages_cost
+from cnnjax.factorization.chain import ConvSpec, conv_cost, split_groups
 from cnnjax.factorization.matrix import check_finite
 from cnnjax.factorization.ranks import allocate_ranks, greedy_allocation
-from cnnjax.factorization.rules import Basis, Ranks, Rule
+from cnnjax.factorization.rules import Ranks, Rule
 from cnnjax.factorization.survey import (
     LayerPlan,
     Plan,
@@ -92,7 +92,7 @@ def menus(
         kernel = np.asarray(layer.kernel[...])
         check_finite(kernel, f"kernel of {path}")
         if isinstance(layer, nnx.Linear):
-            if not isinstance(rule, Basis):
+            if not rule.dense:
                 continue
             kernel, spec, size = kernel[None, None], ConvSpec(padding="VALID"), (1, 1)
         else:
@@ -117,7 +117,7 @@ def _options(
     found = [Option((), params, macs, 0.0)]
     cheaper = []
     for ranks, energy in kept:
-        weights, cost = stages_cost(rule.stages(kernel.shape, ranks, spec), size)
+        weights, cost = rule.cost(kernel.shape, ranks, spec, size)
         if weights < params and cost < macs:
             cheaper.append((ranks, weights, cost, energy))
     if len(cheaper) > levels:
@@ -155,7 +155,9 @@ def _shares(rule: Rule, blocks: np.ndarray, count: int) -> list[tuple[Ranks, flo
     full = rule.full(blocks.shape[1:])
     top = rule.break_even(blocks.shape[1:])
     steps = np.unique(np.geomspace(1, max(top, 1), 2 * count).astype(int))[-count:]
-    return [(tuple(min(int(s), f) for f in full), None) for s in steps[::-1]]
+    shape = blocks.shape[1:]
+    at = [rule.admissible(shape, tuple(min(int(s), f) for f in full)) for s in steps[::-1]]
+    return [(ranks, None) for ranks in dict.fromkeys(at)]
 
 
 def allocate(

@@ -92,7 +92,9 @@ def convolve(
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("kernels", "bias"), meta_fields=("specs",)
+    jax.tree_util.register_dataclass,
+    data_fields=("kernels", "bias", "orders"),
+    meta_fields=("specs",),
 )
 @dataclasses.dataclass(frozen=True)
 class Chain:
@@ -102,11 +104,15 @@ class Chain:
       kernels: one array per stage.
       specs: their geometry (static).
       bias: (o,) or None.
+      orders: () or one entry per stage and one for the end: None, or the channel indices (int) in
+        which the stage reads what stands before it (the end: in which the result, bias included,
+        is handed on).
     """
 
     kernels: tuple[Any, ...]
     specs: tuple[ConvSpec, ...]
     bias: Any = None
+    orders: tuple[Any, ...] = ()
 
     @property
     def params(self) -> int:
@@ -172,9 +178,11 @@ def stages_cost(
 def chain_apply(chain: Chain, x: Float[AnyArray, "n h w i"]) -> Float[Array, "n h2 w2 o"]:
     """Runs the chain's convolutions, then adds its bias."""
     y = jnp.asarray(x)
-    for kernel, spec in zip(chain.kernels, chain.specs):
-        y = convolve(y, kernel, spec)
-    return y if chain.bias is None else y + chain.bias
+    orders = chain.orders or (None,) * (len(chain.kernels) + 1)
+    for kernel, spec, order in zip(chain.kernels, chain.specs, orders):
+        y = convolve(y if order is None else y[..., order], kernel, spec)
+    y = y if chain.bias is None else y + chain.bias
+    return y if orders[-1] is None else y[..., orders[-1]]
 
 
 def split_groups(kernel: Float[AnyArray, "kh kw ig o"], groups: int) -> Float[Array, ...]:

@@ -48,7 +48,7 @@ def choose_ranks(
         out = _by_macs(rule, tuple(np.shape(kernel)), full, rank.ratio, spec, size)
     else:
         out = tuple(_single(rule, blocks, rank, k, full[k], name) for k in range(len(full)))
-    return out
+    return rule.admissible(blocks.shape[1:], out)
 
 
 def _single(rule: Rule, blocks: np.ndarray, rank: Rank, k: int, full: int, name: str) -> int:

@@ -35,7 +35,7 @@ def compose_chain(chain: Chain, kernel_size: Sequence[int], groups: int = 1) -> 
     # the answers to an impulse on each input channel are the kernel's taps, turned around
     impulses = jnp.zeros((inputs, 2 * kh - 1, 2 * kw - 1, inputs))
     impulses = impulses.at[jnp.arange(inputs), kh - 1, kw - 1, jnp.arange(inputs)].set(1.0)
-    answers = chain_apply(Chain(chain.kernels, plain), impulses)
+    answers = chain_apply(Chain(chain.kernels, plain, orders=chain.orders), impulses)
     full = answers[:, ::-1, ::-1].transpose(1, 2, 0, 3)
     if groups == 1:
         return full

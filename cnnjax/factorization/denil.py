@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from cnnjax.factorization.matrix import matmul, working
@@ -68,35 +67,3 @@ def smoothness_gate(
     w = working(weight)
     error = jnp.linalg.norm(w - matmul(dictionary, w[rows])) / jnp.linalg.norm(w)
     return PredictionGain(float(error), bool(error < limit))
-
-
-class PredictedLinear(nnx.Module):
-    """A dense layer whose kernel is predicted from the stored rows: ``x U_j V_j`` per column group.
-
-    The columns form ``groups`` groups, each with its own stored rows, so that not all units share
-    one subset. Only ``value`` (V) and the bias are trained.
-
-    Args:
-      dictionaries: (groups, n, a), fixed.
-      out_features: divisible by the number of groups.
-      rngs: initialisation.
-    """
-
-    def __init__(
-        self, dictionaries: Float[AnyArray, "g n a"], out_features: int, *, rngs: nnx.Rngs
-    ):
-        groups, inputs, stored = dictionaries.shape
-        if out_features % groups:
-            raise ValueError(f"{out_features} outputs do not divide into {groups} column groups")
-        self.in_features, self.out_features = inputs, out_features
-        self.dictionary = nnx.Variable(working(dictionaries))
-        init = nnx.initializers.lecun_normal()
-        shape = (groups, stored, out_features // groups)
-        self.value = nnx.Param(init(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(out_features))
-
-    def __call__(self, x: Float[AnyArray, "*b n"]) -> Array:
-        """(..., n) -> (..., out_features)."""
-        codes = jnp.einsum("...n,gna->...ga", jnp.asarray(x), self.dictionary[...])
-        out = jnp.einsum("...ga,gao->...go", codes, self.value[...])
-        return out.reshape(*out.shape[:-2], -1) + self.bias[...]

@@ -163,10 +163,5 @@ def _layer_times(
 
 def _given_back(entry: LayerPlan, why: str) -> LayerPlan:
     before, after = entry.seconds  # pyright: ignore[reportGeneralTypeIssues]
-    return dataclasses.replace(
-        entry,
-        ranks=(),
-        params=(entry.params[0], entry.params[0]),
-        macs=None if entry.macs is None else (entry.macs[0], entry.macs[0]),
-        kept=f"rank {entry.ranks}: {why} ({1e3 * before:.3g} ms -> {1e3 * after:.3g} ms)",
-    )
+    times = f"({1e3 * before:.3g} ms -> {1e3 * after:.3g} ms)"
+    return entry.kept_for(f"rank {entry.ranks}: {why} {times}")

@@ -7,11 +7,13 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
 from cnnjax import ops
 from cnnjax.factorization.chain import Chain, ConvSpec
+from cnnjax.factorization.layers import FixedConv, Reorder
 from cnnjax.factorization.matrix import svd_dense
 from cnnjax.factorization.rules import Ranks, Rule
 from cnnjax.factorization.survey import LayerPlan, spec_of
@@ -20,13 +22,15 @@ from cnnjax.factorization.survey import LayerPlan, spec_of
 def factor_module(layer: nnx.Conv | nnx.Linear, decided: LayerPlan, key: Any) -> nnx.Module:
     """The replacement of one layer."""
     bias = None if layer.bias is None else layer.bias[...]
+    own = decided.rule.module(layer, decided.ranks, key)
+    if own is not None:
+        return own
     if isinstance(layer, nnx.Linear):
         first, second = svd_dense(layer.kernel[...], decided.ranks[0])
         return nnx.Sequential(_linear(layer, first, None), _linear(layer, second, bias))
     spec = spec_of(layer, decided.path)
-    return chain_module(
-        layer_chain(decided.rule, decided.ranks, spec, key, layer.kernel[...], bias), layer
-    )
+    chain = layer_chain(decided.rule, decided.ranks, spec, key, layer.kernel[...], bias)
+    return chain_module(chain, layer, decided.rule.fixed_stages)
 
 
 def layer_chain(
@@ -47,24 +51,39 @@ def _compiled_chain(
     return rule.chain(key, kernel, ranks, spec, bias)
 
 
-def chain_module(chain: Chain, like: nnx.Conv) -> nnx.Module:
+def chain_module(chain: Chain, like: nnx.Conv, fixed: tuple[int, ...] = ()) -> nnx.Module:
     """A chain as an ``nnx.Sequential`` of convolutions of the original's class and dtypes.
 
     A plain ``nnx.Conv`` gives `cnnjax.ops.Conv`, which runs 1x1, grouped and depthwise stages in
     the form that is fastest on the platform.
+
+    Args:
+      chain: the factors.
+      like: the original layer.
+      fixed: stages whose kernels are not trained.
     """
     last = len(chain.kernels) - 1
-    layers = [
-        _conv(like, kernel, spec, chain.bias if k == last else None)
-        for k, (kernel, spec) in enumerate(zip(chain.kernels, chain.specs))
-    ]
+    orders = chain.orders or (None,) * (last + 2)
+    layers: list[nnx.Module] = []
+    for k, (kernel, spec) in enumerate(zip(chain.kernels, chain.specs)):
+        if orders[k] is not None:
+            layers.append(_reorder(orders[k]))
+        layers.append(_conv(like, kernel, spec, chain.bias if k == last else None, k in fixed))
+    if orders[-1] is not None:
+        layers.append(_reorder(orders[-1]))
     return nnx.Sequential(*layers)
 
 
-def _conv(like: nnx.Conv, kernel: Any, spec: ConvSpec, bias: Any) -> nnx.Conv:
+def _reorder(order: Any) -> Reorder:
+    layer = Reorder(len(order))
+    layer.order[...] = jnp.asarray(order, layer.order.dtype)
+    return layer
+
+
+def _conv(like: nnx.Conv, kernel: Any, spec: ConvSpec, bias: Any, fixed: bool) -> nnx.Conv:
     kh, kw, i, o = kernel.shape
     plain = type(like) is nnx.Conv and like.conv_general_dilated is lax.conv_general_dilated
-    made = ops.Conv if plain else type(like)
+    made = FixedConv if fixed else ops.Conv if plain else type(like)
 
     def make() -> nnx.Conv:
         return made(
@@ -102,7 +121,7 @@ def _linear(like: nnx.Linear, kernel: Any, bias: Any) -> nnx.Linear:
 def _filled(make: Any, kernel: Any, bias: Any, dtype: Any) -> Any:
     # the structure without running its initialiser, then the factors' numbers
     layer = nnx.eval_shape(make)
-    layer.kernel = nnx.Param(jax.numpy.asarray(kernel, dtype))
+    layer.kernel = type(layer.kernel)(jnp.asarray(kernel, dtype))
     if bias is not None:
-        layer.bias = nnx.Param(jax.numpy.asarray(bias, dtype))
+        layer.bias = nnx.Param(jnp.asarray(bias, dtype))
     return layer

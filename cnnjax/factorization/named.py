@@ -9,6 +9,9 @@ from typing import Any
 from cnnjax.errors import did_you_mean
 from cnnjax.factorization import cp_rules, rules
 from cnnjax.factorization.asymmetric import Asymmetric3D
+from cnnjax.factorization.denton_rules import Biclustered, Monochromatic
+from cnnjax.factorization.filter_rules import SeparableFilters, SeparableTransform, Tucker
+from cnnjax.factorization.predict_rules import Predicted
 from cnnjax.factorization.trains import DualBasis, TensorTrain
 
 # the papers' names beside ours; a pair fixes some of the rule's options
@@ -17,6 +20,19 @@ _RULES: dict[str, tuple[Callable[..., rules.Rule], dict[str, Any]]] = {
     "basis": (rules.Basis, {}),
     "filter_basis": (rules.Basis, {}),
     "svd_dense": (rules.Basis, {}),
+    "biclustered": (Biclustered, {}),
+    "biclustered_low_rank": (Biclustered, {}),
+    "dct": (SeparableTransform, {"transform": "dct"}),
+    "haar": (SeparableTransform, {"transform": "haar"}),
+    "learn_separable_filters": (SeparableFilters, {}),
+    "monochromatic": (Monochromatic, {}),
+    "monochromatic_conv": (Monochromatic, {}),
+    "predict_parameters": (Predicted, {}),
+    "predicted": (Predicted, {}),
+    "separable_filters": (SeparableFilters, {}),
+    "separable_transform": (SeparableTransform, {}),
+    "tucker": (Tucker, {}),
+    "tucker_hooi": (Tucker, {}),
     "dual_basis": (DualBasis, {}),
     "spatial": (rules.Spatial, {}),
     "spatial_svd": (rules.Spatial, {}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,11 +12,11 @@ from flax import nnx
 
 from cnnjax import surgery
 from cnnjax.factorization.budget import allocate, menus
-from cnnjax.factorization.chain import ConvSpec, conv_cost, stages_cost
+from cnnjax.factorization.chain import ConvSpec, conv_cost
 from cnnjax.factorization.choose import choose_ranks
 from cnnjax.factorization.matrix import check_finite
 from cnnjax.factorization.modules import _linear, chain_module, factor_module
-from cnnjax.factorization.rules import Basis, Rule
+from cnnjax.factorization.rules import Rule
 from cnnjax.factorization.survey import (
     LayerPlan,
     Plan,
@@ -89,16 +90,11 @@ def plan(
 
 
 def _plan_dense(path: str, kernel: np.ndarray, rule: Rule) -> LayerPlan:
-    i, o = kernel.shape
-    size = i * o
-    if not isinstance(rule, Basis):
-        return LayerPlan(path, rule, (), (size, size), (size, size), "dense: only Basis applies")
-    ranks = choose_ranks(rule, kernel[None, None], ConvSpec(padding="VALID"), (1, 1))
-    after = ranks[0] * (i + o)
-    kept = None
-    if after >= size and not rule.always:
-        kept, ranks, after = f"rank {ranks[0]} is not cheaper", (), size
-    return LayerPlan(path, rule, ranks, (size, after), (size, after), kept)
+    size = kernel.size
+    entry = LayerPlan(path, rule, (), (size, size), (size, size))
+    if not rule.dense:
+        return entry.kept_for("dense: only Basis and Predicted apply")
+    return _decided(entry, kernel[None, None], ConvSpec(padding="VALID"), (1, 1))
 
 
 def _plan_conv(
@@ -107,16 +103,34 @@ def _plan_conv(
     spec = spec_of(layer, path)
     params, macs = conv_cost(kernel.shape, spec, size or (1, 1))
     before = None if size is None else (macs, macs)
+    entry = LayerPlan(path, rule, (), (params, params), before)
     if kernel.shape[2] == 1 and spec.groups > 1 and not rule.depthwise:
-        return LayerPlan(path, rule, (), (params, params), before, "depthwise")
+        return entry.kept_for("depthwise")
+    return _decided(entry, kernel, spec, size)
+
+
+def _decided(
+    entry: LayerPlan, kernel: np.ndarray, spec: ConvSpec, size: tuple[int, int] | None
+) -> LayerPlan:
+    rule, params = entry.rule, entry.params[0]
     ranks = choose_ranks(rule, kernel, spec, size)
-    weights, cost = stages_cost(rule.stages(kernel.shape, ranks, spec), size or (1, 1))
-    after = None if size is None else (macs, cost)
-    dearer = weights >= params if size is None else cost >= macs
-    if dearer and not rule.always:
-        reason = f"rank {ranks} is not cheaper"
-        return LayerPlan(path, rule, (), (params, params), before, reason)
-    return LayerPlan(path, rule, ranks, (params, weights), after)
+    weights, cost = rule.cost(kernel.shape, ranks, spec, size or (1, 1))
+    macs = None if entry.macs is None else entry.macs[0]
+    if macs is None or rule.saves == "params":
+        dearer = weights >= params
+    else:
+        dearer = cost >= macs
+    if not rule.always:
+        if dearer:
+            return entry.kept_for(f"rank {ranks} is not cheaper")
+        if objection := rule.objection(kernel, ranks):
+            return entry.kept_for(objection)
+    return dataclasses.replace(
+        entry,
+        ranks=ranks,
+        params=(params, weights),
+        macs=None if macs is None else (macs, cost),
+    )
 
 
 def factorize(

@@ -18,7 +18,14 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from cnnjax.factorization import chain as chains
-from cnnjax.factorization.chain import Chain, ConvSpec, join_groups, split_groups
+from cnnjax.factorization.chain import (
+    Chain,
+    ConvSpec,
+    join_groups,
+    split_groups,
+    stages_cost,
+)
+from cnnjax.factorization.compose import compose_chain
 from cnnjax.factorization.matrix import filter_basis
 from cnnjax.factorization.spatial import spatial_svd, spatial_unfolding
 from cnnjax.factorization.tucker import tucker2, unfold
@@ -82,6 +89,12 @@ class Rule:
     compiled: ClassVar[bool] = True
     # the singular values of `matrices` tell what a rank keeps
     spectral: ClassVar[bool] = True
+    # takes dense layers too, as 1x1 convolutions of one position
+    dense: ClassVar[bool] = False
+    # what must become fewer for a replacement to be worth while: "macs" or "params"
+    saves: ClassVar[str] = "macs"
+    # stages whose kernels are given, not learned: training leaves them alone
+    fixed_stages: ClassVar[tuple[int, ...]] = ()
 
     def matrices(self, kernel: np.ndarray) -> list[np.ndarray]:
         """The unfoldings whose singular values judge each rank."""
@@ -97,6 +110,10 @@ class Rule:
         """The chain of a whole (grouped) kernel."""
         raise NotImplementedError
 
+    def module(self, layer: Any, ranks: Ranks, key: Array) -> Any:
+        """The replacement of a layer where it is not a chain of convolutions; None: it is."""
+        return None
+
     def stages(self, shape: tuple[int, ...], ranks: Ranks, spec: ConvSpec) -> Stages:
         """Kernel shapes and geometries of the chain, without building it.
 
@@ -107,6 +124,19 @@ class Rule:
         """
         raise NotImplementedError
 
+    def cost(
+        self, shape: tuple[int, ...], ranks: Ranks, spec: ConvSpec, size: tuple[int, int]
+    ) -> tuple[int, int]:
+        """(weights that are trained, MACs) of the chain on an image of ``size``."""
+        stages = self.stages(shape, ranks, spec)
+        given = sum(math.prod(stages[k][0]) for k in self.fixed_stages)
+        weights, macs = stages_cost(stages, size)
+        return weights - given, macs
+
+    def objection(self, kernel: np.ndarray, ranks: Ranks) -> str | None:
+        """Why the layer had better be kept whatever the cost, or None."""
+        return None
+
     def retained(self, key: Array, blocks: Any, ranks: Ranks) -> float:
         """Share of the energy that a fit keeps, measured; for rules that are not ``spectral``.
 
@@ -115,7 +145,15 @@ class Rule:
           blocks: (g, kh, kw, i, o), the kernel of every group.
           ranks: of the fit.
         """
-        raise NotImplementedError
+        kernel = np.asarray(join_groups(blocks), np.float64)
+        spec = ConvSpec(groups=blocks.shape[0])
+        made = self.chain(key, jax.numpy.asarray(kernel, np.float32), ranks, spec, None)
+        again = np.asarray(compose_chain(made, kernel.shape[:2], spec.groups), np.float64)
+        return 1 - float(((kernel - again) ** 2).sum() / max((kernel**2).sum(), 1e-30))
+
+    def admissible(self, shape: tuple[int, ...], ranks: Ranks) -> Ranks:
+        """The nearest ranks below that this shape can have; raises for a given one it cannot."""
+        return ranks
 
     def break_even(self, shape: tuple[int, ...]) -> int:
         """Largest common rank with fewer weights than a group's kernel of ``shape`` (0: none)."""
@@ -137,6 +175,8 @@ def per_group(fn: Callable[..., tuple[Array, ...]], kernel: Array, groups: int) 
 @dataclasses.dataclass(frozen=True)
 class Basis(Rule):
     """``k x k, I -> r`` then ``1x1, r -> O``; the plain SVD for dense and 1x1 layers."""
+
+    dense: ClassVar[bool] = True
 
     def matrices(self, kernel: np.ndarray) -> list[np.ndarray]:
         """(kh*kw*i, o)."""

@@ -38,6 +38,16 @@ class LayerPlan:
     kept: str | None = None
     seconds: tuple[float, float] | None = None
 
+    def kept_for(self, reason: str) -> LayerPlan:
+        """The same layer, left as it is."""
+        return dataclasses.replace(
+            self,
+            ranks=(),
+            params=(self.params[0], self.params[0]),
+            macs=None if self.macs is None else (self.macs[0], self.macs[0]),
+            kept=reason,
+        )
+
     def __str__(self) -> str:
         if self.kept:
             return f"{self.path}: kept, {self.kept}"

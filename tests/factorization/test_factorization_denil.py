@@ -58,7 +58,7 @@ def test_all_rows_reproduce_the_weights():
 def test_layer_equals_its_matrix_and_trains_only_the_stored_rows():
     g = np.random.default_rng(1)
     dictionaries = g.normal(size=(2, 6, 3)).astype(np.float32)
-    layer = f.PredictedLinear(dictionaries, 8, rngs=nnx.Rngs(0))
+    layer = f.PredictedLinear.of(dictionaries, 8, rngs=nnx.Rngs(0))
     x = g.normal(size=(5, 6)).astype(np.float32)
     value = np.asarray(layer.value[...])
     matrix = np.concatenate([d @ v for d, v in zip(dictionaries, value)], axis=1)
@@ -66,4 +66,4 @@ def test_layer_equals_its_matrix_and_trains_only_the_stored_rows():
     params = nnx.to_pure_dict(nnx.state(layer, nnx.Param))
     assert sorted(params) == ["bias", "value"]
     with pytest.raises(ValueError, match="7 outputs"):
-        f.PredictedLinear(dictionaries, 7, rngs=nnx.Rngs(0))
+        f.PredictedLinear.of(dictionaries, 7, rngs=nnx.Rngs(0))

@@ -54,7 +54,10 @@ class Factorize:
       allocation: of such a budget: ``optimal`` or ``greedy``.
       recalibrate: training images whose BatchNorm statistics the new network takes over; 0: keep
         the old statistics.
-      speed_batch: images per call when the speed-up is measured; 0: don't measure.
+      keep_faster: leave layers as they are whose factors are not faster on this device, at
+        ``speed_batch`` images per call; the report says which and how fast both were. The network
+        is then never slower than the one that came in.
+      speed_batch: images per call when speed is measured; 0: don't measure the speed-up.
     """
 
     rules: Mapping[str, LayerRule] = dataclasses.field(default_factory=lambda: {"**": LayerRule()})
@@ -62,6 +65,7 @@ class Factorize:
     params: float = 0.0
     allocation: str = "optimal"
     recalibrate: int = 2000
+    keep_faster: bool = False
     speed_batch: int = 0
     restructures = True
 
@@ -73,6 +77,10 @@ class Factorize:
                 raise ValueError(f"{name} is {getattr(self, name)}; expected a share in [0, 1]")
         if self.macs and self.params:
             raise ValueError(f"give one budget, macs or params; got {self.macs} and {self.params}")
+        if self.keep_faster and self.speed_batch < 1:
+            raise ValueError(
+                f"keep_faster needs speed_batch, the images per call; it is {self.speed_batch}"
+            )
         if self.allocation not in ("optimal", "greedy"):
             raise ValueError(f"allocation is {self.allocation!r}; expected 'optimal' or 'greedy'")
         if not self.rules:
@@ -93,6 +101,7 @@ class Factorize:
             allocation=self.allocation,
             key=context.key("plan"),
         )
+        decided = self._measured(model, decided, image, context)
         small = factorization.factorize(model, decided, key=context.key("factors"))
         accuracy = {
             "accuracy_before": accuracy_of(model, context),
@@ -106,12 +115,45 @@ class Factorize:
         context.record("speed", speed)
         metrics = {
             **accuracy,
+            "layers_kept": sum(p.kept is not None for p in decided.layers),
             "macs_share": new.macs / old.macs,
             "params_share": new.params / old.params,
             **speed,
             "layers": factorization.report(decided),
         }
         return Outcome(dataclasses.replace(network, model=small), metrics)
+
+    def _measured(
+        self, model: Any, decided: factorization.Plan, image: np.ndarray, context: Context
+    ) -> factorization.Plan:
+        """The plan after what it has to ask the data and the clock."""
+        if any(getattr(p.rule, "kernel", None) == "covariance" for p in decided.layers):
+            count = self.recalibrate or 2000
+            decided = factorization.with_input_covariances(
+                model, decided, training_images(context, count)
+            )
+        if not self.keep_faster:
+            return decided
+        # the clock is asked once: a run that goes on after an interruption must decide the same
+        kept = context.recorded("kept")
+        if kept is None:
+            found = factorization.keep_faster(
+                model, decided, image, batch=self.speed_batch, key=context.key("factors")
+            )
+            kept = {
+                p.path: {"why": p.kept, "seconds": p.seconds}
+                for p in found.plan.layers
+                if p.seconds
+            }
+            context.record("kept", kept)
+        layers = []
+        for entry in decided.layers:
+            told = kept.get(entry.path)
+            if told:
+                entry = dataclasses.replace(entry, seconds=tuple(told["seconds"]))
+                entry = entry.kept_for(told["why"]) if told["why"] else entry
+            layers.append(entry)
+        return factorization.Plan(tuple(layers))
 
     def _rules(self) -> dict[str, factorization.Rule | None]:
         return {glob: layer.rule() for glob, layer in self.rules.items()}
@@ -124,6 +166,16 @@ def example_image(context: Context) -> np.ndarray:
         return np.asarray(next(iter(batches))["image"][:1])
     finally:
         batches.close()
+
+
+def training_images(context: Context, count: int) -> list[Any]:
+    """About ``count`` images of the training stream, in batches; the same at each call."""
+    loader = context.train_loader()
+    try:
+        batches = max(1, round(count / context.data.batch_size))
+        return [b["image"] for b in itertools.islice(iter(loader), batches)]
+    finally:
+        loader.close()
 
 
 def accuracy_of(model: Any, context: Context) -> float:

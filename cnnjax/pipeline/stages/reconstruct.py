@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
 from cnnjax import factorization, graph, training
 from cnnjax.pipeline.context import Context
 from cnnjax.pipeline.registry import Carry, Outcome, stage
-from cnnjax.pipeline.stages.factorize import LayerRule, accuracy_of, example_image, recalibrated
+from cnnjax.pipeline.stages.factorize import (
+    LayerRule,
+    accuracy_of,
+    example_image,
+    recalibrated,
+    training_images,
+)
 
 
 @stage("reconstruct")
@@ -84,13 +89,3 @@ class Reconstruct:
             "fits": [dataclasses.asdict(fit) for fit in fits],
         }
         return Outcome(dataclasses.replace(network, model=small), metrics)
-
-
-def training_images(context: Context, count: int) -> list[Any]:
-    """About ``count`` images of the training stream, in batches; the same at each call."""
-    loader = context.train_loader()
-    try:
-        batches = max(1, round(count / context.data.batch_size))
-        return [b["image"] for b in itertools.islice(iter(loader), batches)]
-    finally:
-        loader.close()
