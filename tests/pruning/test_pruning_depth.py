@@ -10,6 +10,7 @@ from flax import nnx
 
 import cnnjax
 from cnnjax import pruning, surgery
+from cnnjax.models.mobilenet import InvertedResidual, MobileNetConfig
 from cnnjax.pruning import importance
 
 
@@ -178,3 +179,52 @@ def test_registry_resnet(tmp_path):
                      "layer3/2")  # fmt: skip
     small = pruning.remove_blocks(model, found[:3], x)
     assert cnnjax.profile(model, x).macs - cnnjax.profile(small, x).macs == 6 * 2_359_296
+
+
+class Mobile(nnx.Module):
+    """Inverted residuals of the registry's MobileNetV2: no activation behind the addition."""
+
+    def __init__(self, rngs):
+        config = MobileNetConfig()
+        self.stem = nnx.Conv(3, 4, (3, 3), strides=2, rngs=rngs)
+        shapes = [(4, 4, 1, 6), (4, 6, 2, 6), (6, 6, 1, 6), (6, 6, 1, 1)]
+        self.blocks = nnx.List([InvertedResidual(config, *s, rngs=rngs) for s in shapes])
+        self.head = nnx.Linear(6, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((1, 2)))
+
+
+def test_inverted_residuals_are_found():
+    blank = cnnjax.models.abstract("mobilenet_v2_035")
+    blocks = pruning.removable_blocks(blank, jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32))
+    # repeats with stride 1: 1 + 2 + 3 + 2 + 2 of the seventeen
+    assert blocks == tuple(f"blocks/{i}" for i in (2, 4, 5, 7, 8, 9, 11, 12, 14, 15))
+
+
+def test_inverted_residuals_go_and_the_rest_computes_as_with_their_branches_at_zero():
+    rng = np.random.default_rng(0)
+    model = surgery.map_leaves(
+        nnx.eval_shape(lambda: Mobile(nnx.Rngs(0))),
+        lambda _, a: jnp.asarray(np.abs(rng.normal(size=a.shape)) * 0.3 + 0.1, a.dtype),
+    )
+    model.eval()
+    blocks = pruning.removable_blocks(model, X)
+    assert blocks == ("blocks/0", "blocks/2", "blocks/3")
+    scores = {b: float(i) for i, b in enumerate(blocks)}
+    gone = pruning.select_blocks(scores, macs=0.8, model=model, inputs=(X,))
+    assert gone == blocks[:1]
+    small = pruning.remove_blocks(model, gone, X)
+    assert cnnjax.profile(small, X).macs <= 0.8 * cnnjax.profile(model, X).macs
+    # the last normalization of a removed block's branch multiplies it with zero
+    norms = [p for p in surgery.leaves(model) if p.endswith("/scale")]
+    last = {[p for p in norms if p.startswith(f"{b}/")][-1].rpartition("/")[0] for b in gone}
+    gated = surgery.map_leaves(
+        model, lambda p, a: a * 0 if p.rpartition("/")[0] in last and "var" not in p else a
+    )
+    run = nnx.jit(lambda m: m(X))
+    np.testing.assert_allclose(run(small), run(gated), rtol=1e-5)
+    assert np.abs(np.asarray(run(small)) - np.asarray(run(model))).max() > 1e-2
