@@ -63,10 +63,11 @@ def get_config() -> Any:
         return Distill(recipe(100.0, 0.1), loss, STUDENT, order="students", **options)
 
     kd = DistillConfig(hard=0.1, soft_weight=0.9, temperature=4.0)
+    # FitNets' weight of the soft term falls from 4 to 1, without the factor T^2 that ours has
     hint = DistillConfig(
         hard=1.0,
-        soft_weight=4.0,
-        soft_weight_end=1.0,
+        soft_weight=4.0 / 9,
+        soft_weight_end=1.0 / 9,
         temperature=3.0,
         hint_weight=1e-3,
         hints=ENDS[1:2],

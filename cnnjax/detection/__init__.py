@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         anchor_batch,
         detection_loss,
         evaluate,
+        label_scenes,
         make_detect_step,
     )
 
@@ -58,6 +59,7 @@ __all__ = [
     "detections_of",
     "encode_boxes",
     "evaluate",
+    "label_scenes",
     "make_detect_step",
     "match_one",
     "mean_average_precision",
@@ -67,7 +69,14 @@ __all__ = [
 ]
 
 # these train: what only describes boxes must not import the trainer
-_TASK = ("AnchorBatch", "anchor_batch", "detection_loss", "evaluate", "make_detect_step")
+_TASK = (
+    "AnchorBatch",
+    "anchor_batch",
+    "detection_loss",
+    "evaluate",
+    "label_scenes",
+    "make_detect_step",
+)
 
 
 def __getattr__(name: str) -> Any:

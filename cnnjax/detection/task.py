@@ -145,6 +145,49 @@ def make_detect_step(
     return lambda state, images: run(state.params, state.stats, images)
 
 
+def label_scenes(
+    detect: Callable[[Any, Any], Detections],
+    state: Any,
+    images: Any,
+    *,
+    threshold: float = 0.5,
+    most: int = 4,
+    batch_size: int = 250,
+) -> dict[str, np.ndarray]:
+    """Scenes without labels, labelled by a trained detector: what a student can learn from.
+
+    Args:
+      detect: from `make_detect_step`, of the detector that labels.
+      state: its training state.
+      images: (n, h, w, c).
+      threshold: least score of a detection that counts as an object.
+      most: objects in a scene, the best ones.
+      batch_size: images at a time.
+
+    Returns:
+      ``image``, ``boxes`` (n, most, 4) and ``label`` (n, most), 0 for padding.
+
+    Raises:
+      ValueError: no images, or a threshold outside of (0, 1).
+    """
+    if not 0 < threshold < 1:
+        raise ValueError(f"threshold is {threshold}; a score between 0 and 1")
+    if not len(images):
+        raise ValueError("nothing to label: no images")
+    parts = [
+        jax.device_get(detect(state, images[i : i + batch_size]))
+        for i in range(0, len(images), batch_size)
+    ]
+    found = jax.tree.map(lambda *a: np.concatenate(a), *parts)
+    boxes = np.zeros((len(images), most, 4), np.float32)
+    labels = np.zeros((len(images), most), np.int32)
+    count = min(most, found.scores.shape[1])  # the best come first
+    sure = found.scores[:, :count] >= threshold
+    boxes[:, :count] = np.where(sure[..., None], found.boxes[:, :count], 0.0)
+    labels[:, :count] = np.where(sure, found.labels[:, :count], 0)
+    return {"image": np.asarray(images), "boxes": boxes, "label": labels}
+
+
 def evaluate(
     detect: Callable[[Any, Any], Detections],
     state: Any,

@@ -28,7 +28,7 @@ _FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TargetCache:
-    """Targets in memory or on the disk (memory-mapped).
+    """Targets in memory, on the device (`on_device`) or on the disk (memory-mapped).
 
     Attributes:
       logits: (steps, batch, classes) of a stream, or (examples, classes).
@@ -56,6 +56,13 @@ class TargetCache:
 
     def __len__(self) -> int:
         return len(self.logits)
+
+    def on_device(self) -> TargetCache:
+        """The same with its targets in device memory: batches then take them from there, no copy
+        from the host in any step."""
+        put = lambda a: jax.device_put(np.asarray(a))  # noqa: E731
+        features = {path: put(values) for path, values in self.features.items()}
+        return dataclasses.replace(self, logits=put(self.logits), features=features)
 
     def save(self, folder: str | os.PathLike[str]) -> pathlib.Path:
         """Writes a folder of ``.npy`` files and ``cache.json``, appearing by one rename."""
@@ -268,10 +275,19 @@ def _content(images: np.ndarray) -> str:
 
 
 def _keys(cache: TargetCache, at: Any) -> dict[str, Any]:
-    out = {"teacher_logits": np.asarray(cache.logits[at])}
+    out = {"teacher_logits": _taken(cache.logits, at)}
     for path, values in cache.features.items():
-        out[f"teacher_feature/{path}"] = np.asarray(values[at])
+        out[f"teacher_feature/{path}"] = _taken(values, at)
     return out
+
+
+def _taken(values: Any, at: Any) -> Any:
+    return _take(values, at) if isinstance(values, jax.Array) else np.asarray(values[at])
+
+
+@jax.jit
+def _take(values: jax.Array, at: Any) -> jax.Array:
+    return values[at]
 
 
 def _digest(value: Any) -> str:

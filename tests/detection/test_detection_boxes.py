@@ -248,3 +248,31 @@ def test_bad_numbers_are_refused():
         D.NmsConfig(candidates=5, detections=10)
     with pytest.raises(ValueError, match="lie in 0..1"):
         D.NmsConfig(score=1.5)
+
+
+def test_scenes_labelled_by_a_detector():
+    """Only sure detections, the best ones, at any batch size; the rest is padding."""
+    rng = np.random.default_rng(4)
+    images = rng.random((5, 4, 4, 1)).astype(np.float32)
+    scores = -np.sort(-rng.random((5, 3)).astype(np.float32), axis=1)
+    boxes = rng.random((5, 3, 4)).astype(np.float32)
+    labels = rng.integers(1, 4, (5, 3)).astype(np.int32)
+
+    def detect(state, part):
+        at = [int(np.flatnonzero((images == x).all((1, 2, 3)))[0]) for x in part]
+        return D.Detections(boxes[at], scores[at], labels[at])
+
+    for most, size in ((2, 2), (4, 5)):
+        got = D.label_scenes(detect, None, images, threshold=0.4, most=most, batch_size=size)
+        assert got["boxes"].shape == (5, most, 4)
+        for i in range(5):
+            want = [(b, c) for b, s, c in zip(boxes[i], scores[i], labels[i]) if s >= 0.4][:most]
+            np.testing.assert_array_equal(got["label"][i, : len(want)], [c for _, c in want])
+            for j, (box, _) in enumerate(want):
+                np.testing.assert_array_equal(got["boxes"][i, j], box)
+            assert not got["label"][i, len(want) :].any()
+            assert not got["boxes"][i, len(want) :].any()
+    with pytest.raises(ValueError, match=r"threshold is 1.5"):
+        D.label_scenes(detect, None, images, threshold=1.5)
+    with pytest.raises(ValueError, match="no images"):
+        D.label_scenes(detect, None, images[:0])

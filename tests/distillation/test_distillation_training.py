@@ -286,6 +286,17 @@ def test_cached_targets_belong_to_the_augmented_images(digits_dir, tmp_path):
             next(batches)
         batches.set_state(position)  # resumes exactly
         np.testing.assert_array_equal(next(batches)["teacher_logits"], cache.logits[0])
+    resident = cache.on_device()
+    assert isinstance(resident.logits, jax.Array)
+    with D_stream(stream(digits_dir), resident, guide) as batches:
+        for number in range(3):
+            batch = next(batches)
+            for key, values in (
+                ("teacher_logits", cache.logits),
+                ("teacher_feature/conv2", cache.features["conv2"]),
+            ):
+                assert isinstance(batch[key], jax.Array)
+                np.testing.assert_array_equal(batch[key], values[number])
 
 
 class D_stream:

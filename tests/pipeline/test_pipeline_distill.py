@@ -8,11 +8,25 @@ import pytest
 
 from cnnjax import data, distillation, models, pipeline, training
 from cnnjax.distillation import DistillConfig
-from cnnjax.pipeline.stages import Distill, KeepTeacher, Prune, Train
+from cnnjax.pipeline.stages import (
+    Channels,
+    Distill,
+    Factorize,
+    KeepTeacher,
+    LayerRule,
+    Prune,
+    RecallTeacher,
+    Train,
+)
 
 HINTED = DistillConfig(
     hard=0.2, soft_weight=0.8, soft_weight_end=0.2, hint_weight=0.01,
     hints=(("denses/0", "denses/0"),), hint_activation="none",
+)  # fmt: skip
+
+HINTED_TWIN = DistillConfig(
+    hard=0.2, soft_weight=0.8, hint_weight=0.01, hints=(("denses/0", "denses/0"),),
+    hint_activation="none",
 )  # fmt: skip
 
 
@@ -116,6 +130,42 @@ def test_a_pruned_network_learns_from_its_unpruned_self(digits_dir, tmp_path):
     for path in ("denses/0/kernel", "head/kernel"):
         np.testing.assert_array_equal(after[path][before[path] == 0], 0)
     assert any(not np.array_equal(before[p], after[p]) for p in before)
+
+
+@pytest.mark.slow
+@pytest.mark.method("teacher_student_pipeline")
+@pytest.mark.method("teacher_ensemble")
+def test_shrunk_and_factorized_teachers_are_students_of_the_whole_ones(digits_dir, tmp_path):
+    """An ensemble from a config teaches what its first member became, after either compression."""
+    short = recipe(0.5)
+    config = make(
+        digits_dir,
+        {
+            "teacher": Train(recipe(4.0)),
+            "keep": KeepTeacher(),
+            "second": Train(recipe(1.0)),
+            "both": KeepTeacher(add=True),
+            "back": RecallTeacher(),
+            "cut": Channels(short, macs=0.5, speed_batch=0, recalibrate=0, round_to=1),
+            "cut_tuned": Distill(recipe(2.0), HINTED_TWIN, cache="device"),
+            "again": RecallTeacher(),
+            "factors": Factorize(
+                {"denses/0": LayerRule("svd_dense", "macs 0.4"), "**": LayerRule("keep")}
+            ),
+            "factors_tuned": Distill(recipe(2.0), DistillConfig(hard=0.2, soft_weight=0.8)),
+        },
+    )
+    report = pipeline.run(config, tmp_path, progress=False)
+    records = {r["name"]: r for r in report["runs"][0]["stages"]}
+    assert records["both"]["metrics"]["teachers"] == 2
+    for name in ("cut", "factors"):
+        before, after = arrays(tmp_path, name), arrays(tmp_path, f"{name}_tuned")
+        assert {p: a.shape for p, a in before.items()} == {p: a.shape for p, a in after.items()}
+        assert any(not np.array_equal(before[p], after[p]) for p in before)
+        assert records[f"{name}_tuned"]["macs"] < 0.7 * records["teacher"]["macs"]
+        assert records[f"{name}_tuned"]["accuracy"] >= records[name]["accuracy"] - 0.02
+        assert records[f"{name}_tuned"]["accuracy"] > 0.5
+        assert records[f"{name}_tuned"]["metrics"]["agreement"] > 0.5
 
 
 def test_refusals(digits_dir, tmp_path):

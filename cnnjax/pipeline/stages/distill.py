@@ -22,7 +22,7 @@ from cnnjax.pipeline.registry import Carry, Outcome, stage
 from cnnjax.pipeline.stages.distill_data import chosen_neurons, synthetic_stream
 from cnnjax.pipeline.stages.masking import mask_averages, params_of
 
-CACHES = ("none", "memory", "disk")
+CACHES = ("none", "memory", "device", "disk")
 SYNTHETIC = ("none", "munge", "marginals")
 
 
@@ -89,8 +89,9 @@ class Distill:
       first: None, or how a first stage is trained with hints and FSP alone, as in FitNets and in
         Yim et al.; optimizer, schedule and adapters start anew for the second, which has the other
         terms.
-      cache: ``"none"``: the teacher runs in every step; ``"memory"`` or ``"disk"``: once, ahead,
-        over the very batches of the run, augmented as they will be.
+      cache: ``"none"``: the teacher runs in every step; else once, ahead, over the very batches of
+        the run, augmented as they will be, and its targets stay in the host's ``"memory"``, on the
+        ``"device"`` or on the ``"disk"``.
       combine: how several teachers are averaged, ``"geometric"`` or ``"arithmetic"``.
       split: training images of the student if not those of the run, e.g. ``"train[:200]"``: a
         teacher that saw more than the student does.
@@ -265,6 +266,7 @@ class _Phase:
                 cache = distillation.load_cache(folder)
             else:
                 cache = distillation.cache_stream(guide, loader, steps)
+                cache = cache.on_device() if self.stage.cache == "device" else cache
             return distillation.CachedStream(loader, cache, teacher=guide)
 
         return attach
