@@ -45,6 +45,10 @@ def _meet_contracted(ledger, a, i, la, b, j, lb, reason) -> None:
         ledger.equal(la, lb, reason)
         n = la.size
         if not a.act or not b.act:
+            # a kernel that is computed, a learnt query say: its scale may follow the width
+            made = b if a.act else a
+            if a.act != b.act and any(coincides(s, n) for s in made.scales):
+                ledger.statistic(la, "a scale that depends on the number of channels")
             return
         za, zb = a.comp_on(i), b.comp_on(j)
         if not ((za is not None and za.zero) or (zb is not None and zb.zero)):
@@ -282,7 +286,8 @@ def dot_general(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape
     out.why = f"output of {name}" if name else out.why
     out.scales, out.normal, out.sums = frozenset(), False, ()
     size = math.prod(a.shape[i] for i in ca)
-    if a.act and b.act and contracted:
+    computed = kernel is not None and len(kernel.leaves) > 1  # a learnt query, not a kernel
+    if contracted and ((a.act and b.act) or (out.act and computed)):
         out.sums = ((size, np.concatenate([c.reshape(-1) for c in contracted])),)
     macs = size * math.prod(
         n for k, n in enumerate(shape) if not (k == 0 and _is_batch(a, b, ba, free_a))

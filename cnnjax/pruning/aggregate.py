@@ -70,6 +70,9 @@ def score_atoms(
             unique, where = np.unique(labels, return_inverse=True)
             atoms.append(unique)
             total.append(_by_label(vector, where, len(unique), within))
+    if not graph.groups:
+        why = "; ".join(sorted({str(f) for f in graph.fixed})[:3])
+        raise ValueError(f"no channel of this network can be pruned, for example: {why}")
     if not atoms:
         raise ValueError(
             "no score belongs to a group that can be pruned; scores need the paths of the "

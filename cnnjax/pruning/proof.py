@@ -69,13 +69,14 @@ def prove_equal(
     noisy = {p: _noisy(rng, leaf) for p, leaf in leaves.items()}
     args = tuple(jax.tree.map(lambda x: _random(rng, x), i) for i in inputs or graph.inputs)
     halves = {p: cut(p, leaf) for p, leaf in noisy.items()}
-    got = _run(small, halves, args)
-    low = _low_precision(str(jax.make_jaxpr(small)(halves, args)))
+    run, low = _compiled(small, halves, args)
+    got = run(halves)
     allowed = max(tolerance, _LOW_PRECISION) if low else tolerance
+    run, _ = _compiled(full, noisy, args)
     worst = np.inf
     for producers in (False, True):
         gated = {p: gate(p, leaf, graph, alive, producers=producers) for p, leaf in noisy.items()}
-        worst = min(worst, _difference(got, _run(full, gated, args)))
+        worst = min(worst, _difference(got, run(gated)))
         if worst <= allowed:
             return worst
     raise ProofError(
@@ -95,10 +96,23 @@ def program_of(model: nnx.Module) -> Program:
     return run
 
 
-def _run(program: Program, leaves: Mapping[str, Any], args: tuple[Any, ...]) -> list[np.ndarray]:
+def _compiled(
+    program: Program, leaves: Mapping[str, Any], args: tuple[Any, ...]
+) -> tuple[Callable[[Mapping[str, Any]], list[np.ndarray]], bool]:
+    """The program as a function of its variables, and whether it computes in 16 bits.
+
+    It is run once or twice: on a CPU most of the time would go into optimizing what is compiled.
+    """
     with jax.default_matmul_precision("highest"):
-        outs = jax.jit(program)(dict(leaves), args)
-    return [np.asarray(x, np.float64) for x in jax.tree.leaves(outs)]
+        traced = jax.jit(program).trace(dict(leaves), args)
+        lowered = traced.lower()
+        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        compiled = lowered.compile(compiler_options=quick)
+
+    def run(values: Mapping[str, Any]) -> list[np.ndarray]:
+        return [np.asarray(x, np.float64) for x in jax.tree.leaves(compiled(dict(values), args))]
+
+    return run, _low_precision(str(traced.jaxpr))
 
 
 def gate(path: str, leaf: Any, graph: Graph, alive: np.ndarray, *, producers: bool = False) -> Any:

@@ -241,3 +241,36 @@ class Sorted(nnx.Module):
 
     def __call__(self, x):
         return self.fc(jnp.sort(nnx.relu(self.b(nnx.relu(self.a(x)))).mean((1, 2)), axis=-1))
+
+
+class QueryPool(nnx.Module):
+    """A learnt query attends to pixels by Flax's own attention: its width is in a constant."""
+
+    def __init__(self, rngs):
+        self.stem = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.mid = nnx.Conv(8, 8, (3, 3), rngs=rngs)
+        self.query = nnx.Param(0.3 * jax.random.normal(rngs.params(), (1, 1, 8)))
+        self.attend = nnx.MultiHeadAttention(2, 8, qkv_features=8, decode=False, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.mid(nnx.relu(self.stem(x))))
+        pixels = x.reshape(len(x), -1, x.shape[-1])
+        query = jnp.broadcast_to(self.query[...], (len(x), 1, self.query.shape[-1]))
+        return self.head(self.attend(query, pixels, pixels)[:, 0])
+
+
+class Hourglass(nnx.Module):
+    """Down by pooling, up by transposed convolutions, skips joined by concatenation."""
+
+    def __init__(self, rngs):
+        self.d1 = nnx.Conv(3, 6, (3, 3), rngs=rngs)
+        self.d2 = nnx.Conv(6, 8, (3, 3), rngs=rngs)
+        self.u2 = nnx.ConvTranspose(8, 6, (2, 2), strides=(2, 2), rngs=rngs)
+        self.u1 = nnx.Conv(12, 4, (3, 3), rngs=rngs)
+        self.out = nnx.Conv(4, 2, (1, 1), rngs=rngs)
+
+    def __call__(self, x):
+        a = nnx.relu(self.d1(x))
+        b = nnx.relu(self.d2(nnx.max_pool(a, (2, 2), (2, 2))))
+        return self.out(nnx.relu(self.u1(jnp.concatenate((self.u2(b), a), -1))))

@@ -40,6 +40,8 @@ CASES = {
     "TorchStyle": (1, ["w1"]),
     "Routed": (1, ["stem", "tail", "experts"]),
     "Sorted": (1, ["a"]),
+    "QueryPool": (1, ["stem", "mid", "attend/key", "attend/key#2", "attend/out", "query"]),
+    "Hourglass": (1, ["d1", "d2", "u2", "u1"]),
 }
 # what stays, and why
 STAYS = {
@@ -106,3 +108,29 @@ def test_a_norm_over_channels_is_named_before_its_group_is_pruned():
     assert small(jnp.zeros(X)).shape == (2, 4)
     with pytest.raises(ValueError, match="check=True can't hold"):
         pruning.shrink(model, graph, keep, check=True)
+
+
+def test_a_learnt_querys_scale_follows_its_heads_width():
+    """The constant is 1/sqrt(width): half of the width would run, and attend otherwise."""
+    model, _, graph = built("QueryPool")
+    group = next(x for x in graph.groups if x.name == "attend/key")
+    assert group.statistic
+    assert group.size == 4
+    keep = pruning.Keep.of(graph, np.isin(np.arange(graph.num_atoms), group.atoms[:2], invert=True))
+    small = pruning.shrink(model, graph, keep)
+    assert small(jnp.zeros(X)).shape == (2, 3)
+
+
+def test_a_network_of_which_nothing_can_go_says_why():
+    class Folded(nnx.Module):
+        def __init__(self, rngs):
+            self.stem = nnx.Conv(3, 4, (1, 1), rngs=rngs)
+            self.head = nnx.Linear(4 * 64, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(jnp.sort(self.stem(x), -1).reshape(len(x), -1))
+
+    model = nnx.eval_shape(lambda: Folded(nnx.Rngs(0)))
+    graph = G.trace(model, jax.ShapeDtypeStruct(X, jnp.float32))
+    with pytest.raises(ValueError, match="no channel of this network can be pruned, for example"):
+        pruning.select_channels(graph, {"stem/kernel": jnp.ones((1, 1, 3, 4))}, ratio=0.5)
