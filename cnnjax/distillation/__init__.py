@@ -20,6 +20,7 @@ from cnnjax.distillation.cache import (
 )
 from cnnjax.distillation.contrastive import contrastive, hierarchical_context
 from cnnjax.distillation.deeper import deepen
+from cnnjax.distillation.density import DensityHead, center_prior, gaussian_blur
 from cnnjax.distillation.detection import (
     DetectionDistillConfig,
     DetectionPlan,
@@ -56,6 +57,7 @@ from cnnjax.distillation.net2net import widen, widen_tree
 from cnnjax.distillation.neurons import neuron_mimic, neuron_profile, select_neurons
 from cnnjax.distillation.objective import DistillConfig
 from cnnjax.distillation.planning import Plan, plan_distillation
+from cnnjax.distillation.shallow import LinearBottleneck, LogitScale, logit_scale
 from cnnjax.distillation.synthetic import independent_marginals, munge
 from cnnjax.distillation.taps import (
     Pair,
@@ -70,10 +72,13 @@ from cnnjax.distillation.teachers import Targets, Teacher, check_classes
 __all__ = [
     "CachedStream",
     "ChannelAdapter",
+    "DensityHead",
     "DetectionDistillConfig",
     "DetectionPlan",
     "DistillConfig",
     "HintRegressor",
+    "LinearBottleneck",
+    "LogitScale",
     "Move",
     "Pair",
     "Plan",
@@ -88,6 +93,7 @@ __all__ = [
     "bounded_regression",
     "cache_examples",
     "cache_stream",
+    "center_prior",
     "check_classes",
     "contrastive",
     "cross_entropy",
@@ -101,6 +107,7 @@ __all__ = [
     "features_of",
     "fsp",
     "fsp_matrix",
+    "gaussian_blur",
     "gradient_attention",
     "gradient_symmetry",
     "hierarchical_context",
@@ -110,6 +117,7 @@ __all__ = [
     "kd",
     "load_cache",
     "logit_regression",
+    "logit_scale",
     "lookup",
     "make_adapter",
     "munge",
