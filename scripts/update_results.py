@@ -27,6 +27,17 @@ Written by `scripts/update_results.py` from the JSON files beside it; each of th
 
 """
 
+TAUGHT = """
+## Students of one teacher side by side
+
+Accuracy in percent of the last epoch, mean (min-max) over the seeds, and the difference to the same
+student without a teacher; images per second of the training step relative to the student alone
+(`benchmarks/distill_step.py`; of FitNet and FSP the first stage's step, of Fisher pruning the step
+while the network still has the teacher's size; `digits` and `cifar` are the networks of those
+configs). With Fisher pruning the student is the teacher with maps removed, so of another shape.
+
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
@@ -57,6 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if cut := report.surgery_table(records):
         text += "\nStages that remove channels or blocks, with the speed measured in the run:\n\n"
         text += cut + "\n"
+    speeds = ROOT / "benchmarks" / "results" / "distill_step.json"
+    pairs = json.loads(speeds.read_text())["pairs"] if speeds.exists() else {}
+    if taught := report.transfer_table(records, pairs):
+        text += TAUGHT + taught + "\n"
     for record in tables:
         table = report.markdown_table(record["header"], record["rows"])
         text += f"\n## {record['name']}\n\n{record['note']}.\n\n{table}\n"

@@ -27,6 +27,7 @@ from cnnjax.report.tables import (
     surgery_table,
     text_table,
 )
+from cnnjax.report.transfer import transfer_table
 
 __all__ = [
     "FORMAT",
@@ -48,6 +49,7 @@ __all__ = [
     "summarize",
     "surgery_table",
     "text_table",
+    "transfer_table",
     "update_header",
     "write_result",
 ]
