@@ -65,9 +65,26 @@ def _fold(part: Array, factors: Sequence[Array], skip: int) -> Float[Array, "n r
     """Multiplies the factors into (n_0, ..., n_k, r) and sums over all modes but ``skip``."""
     letters = string.ascii_lowercase[: len(factors)]
     others = [m for m in range(len(factors)) if m != skip]
+    if not others:
+        return part
     expression = f"{letters}z," + ",".join(f"{letters[m]}z" for m in others)
     expression += f"->{letters[skip]}z"
     return einsum(expression, part, *(factors[m] for m in others), optimize="optimal")
+
+
+def _fold_leading(part: Array, leading: Sequence[Array]) -> Float[Array, "n r"]:
+    """Multiplies the leading factors into (n_0, ..., n_k, n, r) and sums over all but (n, r)."""
+    if not leading:
+        return part
+    rank = part.shape[-1]
+    weights = jnp.ones((1, rank), part.dtype)
+    for factor in leading:
+        weights = (weights[:, None] * factor[None]).reshape(-1, rank)
+    part = part.reshape(len(weights), -1, rank)
+    if len(weights) > 49:
+        return einsum("snr,sr->nr", part, weights)
+    # a few taps: one fused pass over the part
+    return functools.reduce(jnp.add, [p * w for p, w in zip(part, weights)])
 
 
 def gram_product(grams: Sequence[Array], skip: Sequence[int]) -> Array:
@@ -141,71 +158,149 @@ def cp_als(
     Reference:
       Kolda & Bader, "Tensor decompositions and applications", SIAM Review 51(3), 2009.
     """
-    tensor = working(tensor)
-    check_rank(rank, maximum_rank(tensor.shape), "cp_als")
-    if start is None:
-        factors = random_factors(key, tensor.shape, rank, tensor.dtype)
-    else:
-        factors = [working(f) for f in start]
-    squared = jnp.sum(tensor**2)
-    last = tensor.ndim - 1
-    identity = jnp.eye(rank, dtype=tensor.dtype)
+    tensor = working(tensor)[None]
+    starts = None if start is None else [working(f)[None] for f in start]
+    fits = _als_together(key[None], tensor, rank, sweeps, tolerance, ridge, starts)
+    return jax.tree.map(lambda leaf: leaf[0], fits)
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "sweeps", "tolerance", "ridge"))
+def cp_als_together(
+    keys: Array,
+    tensors: Float[AnyArray, "b ..."],
+    rank: int,
+    *,
+    sweeps: int = 100,
+    tolerance: float = 1e-10,
+    ridge: float = 1e-9,
+    starts: Sequence[Float[AnyArray, "b _ _"]] | None = None,
+) -> tuple[Factors, CPInfo]:
+    """`cp_als` of several tensors of one shape side by side, until the last has converged.
+
+    On small tensors most of the time goes into starting operations, which are shared here.
+
+    Args:
+      keys: (b,) random keys.
+      tensors: (b, ...).
+      rank: as for `cp_als`, like what follows.
+      sweeps: at most.
+      tolerance: of the slowest.
+      ridge: see there.
+      starts: factors (b, n_k, R).
+
+    Returns:
+      As `cp_als`, every leaf with a leading axis b.
+    """
+    tensors = working(tensors)
+    begun = None if starts is None else [working(f) for f in starts]
+    return _als_together(keys, tensors, rank, sweeps, tolerance, ridge, begun)
+
+
+def _als_together(
+    keys: Array,
+    tensors: Array,
+    rank: int,
+    sweeps: int,
+    tolerance: float,
+    ridge: float,
+    starts: Factors | None,
+) -> tuple[Factors, CPInfo]:
+    shape, dtype = tensors.shape[1:], tensors.dtype
+    check_rank(rank, maximum_rank(shape), "cp_als")
+    factors = starts
+    if factors is None:
+        factors = jax.vmap(lambda k: random_factors(k, shape, rank, dtype))(keys)
+    squared = jax.vmap(lambda t: jnp.sum(t**2))(tensors)
     # float32 can't factor a Gram matrix that is singular to its own rounding
-    eps = float(jnp.finfo(tensor.dtype).eps)
+    eps = float(jnp.finfo(dtype).eps)
     floor = max(ridge, 10 * eps)
     cancelled = eps**0.5
+    last = len(shape) - 1
     # two large products a sweep serve all modes: the tensor times the last factor for every mode
     # but the last, and times the last but one for the last; their unfoldings are laid out once
-    by_last = tensor.reshape(-1, tensor.shape[last])
-    swapped = jnp.swapaxes(tensor, last - 1, last)
-    by_other = swapped.reshape(-1, tensor.shape[last - 1])
+    by_last = tensors.reshape(len(tensors), -1, shape[last])
+    by_other = jnp.swapaxes(tensors, -1, -2).reshape(len(tensors), -1, shape[last - 1])
 
-    def sweep(carry):
-        factors, error, _, count = carry
-        factors = list(factors)
-        product = jnp.zeros_like(factors[last])
-        grams = [matmul(f.T, f) for f in factors]
-        part = matmul(by_last, factors[last]).reshape(*tensor.shape[:last], rank)
-        for mode in range(tensor.ndim):
-            gamma = gram_product(grams, (mode,))
-            mu = floor * jnp.trace(gamma) / rank + jnp.finfo(tensor.dtype).tiny
-            if mode == last:
-                part = matmul(by_other, factors[last - 1])
-                part = part.reshape(*swapped.shape[:last], rank)
-                # the last mode stands where the last but one was summed over
-                product = _fold(part, [*factors[: last - 1], factors[last]], last - 1)
-            else:
-                product = _fold(part, factors[:last], mode)
-            solve = jax.scipy.linalg.cho_factor(gamma + mu * identity)
-            factors[mode] = jax.scipy.linalg.cho_solve(solve, (product + mu * factors[mode]).T).T
-            if mode != last:
-                norms = jnp.linalg.norm(factors[mode], axis=0)
-                factors[mode] = factors[mode] / jnp.where(norms > 0, norms, 1.0)
-                scale = jnp.where(norms > 0, norms, 1.0)
-                factors[last] = factors[last] * scale
-                part = part * scale
-                grams[last] = matmul(factors[last].T, factors[last])
-            grams[mode] = matmul(factors[mode].T, factors[mode])
+    def exact(tensor: Array, factors: Factors) -> Array:
+        return jnp.sum((tensor - compose_cp(factors)) ** 2)
+
+    def step(carry):
+        factors, grams, error, _, count = carry
+        sweep = functools.partial(_sweep, shape=shape, floor=floor)
+        factors, grams, explained = jax.vmap(sweep)(by_last, by_other, factors, grams)
         # the error from the last update's pieces: no rebuilding of the tensor ...
-        gamma = functools.reduce(jnp.multiply, grams)
-        residual = squared - 2 * jnp.sum(product * factors[last]) + gamma.sum()
+        residual = squared - explained
         # ... unless it is so small that the difference above is all rounding
         residual = jax.lax.cond(
-            residual < cancelled * squared,
-            lambda: jnp.sum((tensor - compose_cp(factors)) ** 2),
+            jnp.any(residual < cancelled * squared),
+            lambda: jax.vmap(exact)(tensors, factors),
             lambda: residual,
         )
         new = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(squared, 1e-30))
-        return factors, new, jnp.abs(error - new), count + 1
+        return factors, grams, new, jnp.max(jnp.abs(error - new)), count + 1
 
-    infinite = jnp.full((), jnp.inf, tensor.dtype)
-    factors, _, _, count = jax.lax.while_loop(
-        lambda carry: (carry[2] > tolerance) & (carry[3] < sweeps),
-        sweep,
-        (factors, infinite, infinite, jnp.zeros((), jnp.int32)),
+    infinite = jnp.full((), jnp.inf, dtype)
+    grams = [jnp.matmul(f.mT, f, precision="highest") for f in factors]
+    begin = (factors, grams, jnp.full(len(tensors), jnp.inf, dtype), infinite, jnp.int32(0))
+    factors, _, _, _, count = jax.lax.while_loop(
+        lambda carry: (carry[3] > tolerance) & (carry[4] < sweeps), step, begin
     )
-    factors = balance(factors)
-    return factors, cp_info(tensor, factors, count)
+    factors = jax.vmap(balance)(factors)
+    return factors, jax.vmap(cp_info, in_axes=(0, 0, None))(tensors, factors, count)
+
+
+def _sweep(
+    by_last: Array,
+    by_other: Array,
+    factors: Sequence[Array],
+    grams: Sequence[Array],
+    *,
+    shape: tuple[int, ...],
+    floor: float,
+) -> tuple[Factors, list[Array], Array]:
+    """One update of every mode; also ``2 <T, That> - ||That||^2``."""
+    factors, grams = list(factors), list(grams)
+    last, rank = len(shape) - 1, factors[0].shape[1]
+    identity = jnp.eye(rank, dtype=by_last.dtype)
+    product = part = jnp.zeros_like(factors[last])
+    small = None
+    for mode in range(last + 1):
+        if mode == last:
+            # the last mode stands where the last but one was summed over
+            part = matmul(by_other, factors[last - 1])
+            part = part.reshape(*shape[: last - 1], shape[last], rank)
+            product = _fold_leading(part, factors[: last - 1])
+        elif mode == last - 1:
+            if mode == 0:
+                part = matmul(by_last, factors[last]).reshape(*shape[:last], rank)
+            product = _fold_leading(part, factors[: last - 1])
+        else:
+            if small is None:
+                part = matmul(by_last, factors[last]).reshape(*shape[:last], rank)
+                # what the leading modes share: the last but one is not updated before them
+                small = einsum("...cr,cr->...r", part, factors[last - 1])
+            product = _fold(small, factors[: last - 1], mode)
+        gamma = gram_product(grams, (mode,))
+        mu = floor * jnp.trace(gamma) / rank + jnp.finfo(gamma.dtype).tiny
+        solve = jax.scipy.linalg.cho_factor(gamma + mu * identity)
+        right = product + mu * factors[mode]
+        if shape[mode] > rank:
+            # many right-hand sides: triangular solves are slow, a product is not
+            factors[mode] = matmul(right, jax.scipy.linalg.cho_solve(solve, identity))
+        else:
+            factors[mode] = jax.scipy.linalg.cho_solve(solve, right.T).T
+        grams[mode] = matmul(factors[mode].T, factors[mode])
+    explained = 2 * jnp.sum(product * factors[last]) - functools.reduce(jnp.multiply, grams).sum()
+    # unit columns everywhere but in the last factor, so that the damping means the same for all
+    scale = jnp.ones(rank, by_last.dtype)
+    for mode in range(last):
+        norms = jnp.sqrt(jnp.diagonal(grams[mode]))
+        norms = jnp.where(norms > 0, norms, 1.0)
+        factors[mode], grams[mode] = factors[mode] / norms, grams[mode] / jnp.outer(norms, norms)
+        scale = scale * norms
+    factors[last] = factors[last] * scale
+    grams[last] = grams[last] * jnp.outer(scale, scale)
+    return factors, grams, explained
 
 
 def best_of(
@@ -215,77 +310,3 @@ def best_of(
     factors, info = fits
     index = jnp.nanargmin(info.relative_error)  # pyright: ignore[reportAttributeAccessIssue]
     return jax.tree.map(lambda leaf: leaf[index], (factors, info))
-
-
-@functools.partial(jax.jit, static_argnames=("rank", "iterations", "restarts", "tolerance"))
-def cp_tpm(
-    key: Array,
-    tensor: Float[AnyArray, "n1 n2 n3"],
-    rank: int,
-    *,
-    iterations: int = 200,
-    restarts: int = 5,
-    tolerance: float = 1e-7,
-) -> tuple[Factors, CPInfo]:
-    """CP of a 3-way tensor by greedy deflation with the tensor power method.
-
-    Each deflation takes the best of ``restarts`` rank-one terms and subtracts it, so the residual
-    never grows: ``||X_new||^2 = ||X||^2 - lambda^2``.
-
-    Args:
-      key: random key.
-      tensor: (kh*kw, i, o) for a convolution kernel.
-      rank: number of deflations, at least 1.
-      iterations: of the power method, at most, per deflation.
-      restarts: random starts per deflation, run side by side.
-      tolerance: stop when no vector changes more.
-
-    Returns:
-      (factors, with each weight spread evenly over the modes, `CPInfo`).
-
-    Reference:
-      Astrid & Lee, "CP-decomposition with tensor power method for convolutional neural networks
-      compression", BigComp 2017, arXiv 1701.07148.
-    """
-    tensor = working(tensor)
-    check_rank(rank, 10**9, "cp_tpm")
-    tiny = jnp.finfo(tensor.dtype).tiny
-
-    def unit(x):
-        return x / jnp.maximum(jnp.linalg.norm(x), tiny)
-
-    def rank_one(key, residual):
-        start = [unit(f[:, 0]) for f in random_factors(key, tensor.shape, 1, tensor.dtype)]
-
-        def step(carry):
-            (u, v, w), _, count = carry
-            u2 = unit(einsum("abc,b,c->a", residual, v, w))
-            v2 = unit(einsum("abc,a,c->b", residual, u2, w))
-            w2 = unit(einsum("abc,a,b->c", residual, u2, v2))
-            # without a common sign the same vectors would look different
-            change = jnp.maximum(
-                jnp.abs(u2 - u).max(), jnp.maximum(jnp.abs(v2 - v).max(), jnp.abs(w2 - w).max())
-            )
-            return (u2, v2, w2), change, count + 1
-
-        (u, v, w), _, _ = jax.lax.while_loop(
-            lambda carry: (carry[1] > tolerance) & (carry[2] < iterations),
-            step,
-            (tuple(start), jnp.full((), jnp.inf, tensor.dtype), jnp.zeros((), jnp.int32)),
-        )
-        return (u, v, w), einsum("abc,a,b,c->", residual, u, v, w)
-
-    def deflate(residual, key):
-        vectors, weights = jax.vmap(rank_one, in_axes=(0, None))(
-            jax.random.split(key, restarts), residual
-        )
-        best = jnp.argmax(jnp.abs(weights))
-        u, v, w = (x[best] for x in vectors)
-        weight = weights[best]
-        residual = residual - weight * einsum("a,b,c->abc", u, v, w)
-        return residual, (u, v, w, weight)
-
-    _, (u, v, w, weights) = jax.lax.scan(deflate, tensor, jax.random.split(key, rank))
-    share = jnp.abs(weights) ** (1 / 3)
-    factors = [u.T * share, v.T * share, w.T * share * jnp.sign(weights)]
-    return factors, cp_info(tensor, factors, rank)

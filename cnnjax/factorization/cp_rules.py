@@ -13,8 +13,9 @@ from jaxtyping import Array
 
 from cnnjax.factorization import chain as chains
 from cnnjax.factorization.chain import Chain, ConvSpec, split_groups
-from cnnjax.factorization.cp import balance, best_of, cp_als, cp_tpm
+from cnnjax.factorization.cp import balance, best_of, cp_als_together
 from cnnjax.factorization.cp_nls import cp_nls
+from cnnjax.factorization.cp_tpm import cp_tpm
 from cnnjax.factorization.rules import Ranks, Rule, Stages
 from cnnjax.factorization.spatial import jaderberg_scheme1
 from cnnjax.factorization.tucker import unfold
@@ -102,32 +103,29 @@ class CP(Rule):
     def _fit(self, key: Array, tensor: Array, rank: int) -> list[Array]:
         if self.solver == "tpm":
             return balance(cp_tpm(key, tensor, rank)[0])
-        solvers = {"als": _als, "nls": _nls}
-        if self.solver not in solvers:
+        if self.solver not in ("als", "nls"):
             raise ValueError(f"solver is {self.solver!r}; expected 'als', 'nls' or 'tpm'")
-        run = jax.vmap(lambda k: solvers[self.solver](k, tensor, rank, self.iterations))
-        return best_of(run(jax.random.split(key, self.restarts)))[0]
+        keys = jax.random.split(key, self.restarts)
+        if self.solver == "als":
+            tensors = jax.numpy.broadcast_to(tensor, (self.restarts, *tensor.shape))
+            return best_of(cp_als_together(keys, tensors, rank, sweeps=self.iterations))[0]
+        return best_of(jax.vmap(lambda k: cp_nls(k, tensor, rank, steps=self.iterations))(keys))[0]
 
 
 @functools.partial(jax.jit, static_argnums=2)
 def _cp_errors(key: Array, tensors: Any, rank: int) -> Array:
     """Relative error of a short CP fit of each tensor."""
     keys = jax.random.split(key, tensors.shape[0])
-    fit = jax.vmap(lambda k, t: cp_als(k, t, rank, sweeps=25)[1].relative_error)
-    return fit(keys, tensors)
-
-
-def _als(key: Array, tensor: Array, rank: int, iterations: int):
-    return cp_als(key, tensor, rank, sweeps=iterations)
-
-
-def _nls(key: Array, tensor: Array, rank: int, iterations: int):
-    return cp_nls(key, tensor, rank, steps=iterations)
+    return cp_als_together(keys, tensors, rank, sweeps=25)[1].relative_error
 
 
 def _per_group_cp(fn, key: Array, kernel: Array, groups: int) -> list[Array]:
     """Factors of all groups: (mode, g*R), the output factor (g*o, R)."""
-    parts = jax.vmap(fn)(jax.random.split(key, groups), split_groups(kernel, groups))
+    keys, blocks = jax.random.split(key, groups), split_groups(kernel, groups)
+    if groups == 1:  # what is inside may branch: under vmap both sides would be computed
+        parts = [part[None] for part in fn(keys[0], blocks[0])]
+    else:
+        parts = jax.vmap(fn)(keys, blocks)
     *inner, last = parts  # each (g, R, mode)
     out = [p.transpose(2, 0, 1).reshape(p.shape[2], -1) for p in inner]
     return [*out, last.transpose(0, 2, 1).reshape(-1, last.shape[1])]

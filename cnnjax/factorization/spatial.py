@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnnjax.factorization.cp import cp_als
+from cnnjax.factorization.cp import cp_als_together
 from cnnjax.factorization.matrix import check_rank, einsum, svd_dense, working
 from cnnjax.typing import AnyArray
 
@@ -58,16 +58,11 @@ def _scheme1(key, kernel, rank, restarts, sweeps):
     kh, kw, i, o = kernel.shape
     per_channel = kernel.transpose(2, 0, 1, 3)
 
-    def one(key, slab):
-        def attempt(key):
-            (v, h, c), info = cp_als(key, slab, rank, sweeps=sweeps)
-            return (v, h, c), info.relative_error
-
-        fits, errors = jax.vmap(attempt)(jax.random.split(key, restarts))
-        best = jnp.argmin(errors)
-        return jax.tree.map(lambda leaf: leaf[best], fits)
-
-    v, h, c = jax.vmap(one)(jax.random.split(key, i), per_channel)
+    keys = jax.random.split(key, i * restarts)
+    tensors = jnp.repeat(working(per_channel), restarts, axis=0)
+    fits, info = cp_als_together(keys, tensors, rank, sweeps=sweeps)
+    best = jnp.argmin(info.relative_error.reshape(i, restarts), axis=1)
+    v, h, c = (fit.reshape(i, restarts, *fit.shape[1:])[jnp.arange(i), best] for fit in fits)
     return v.transpose(1, 0, 2), h.transpose(1, 0, 2), c.transpose(0, 2, 1)
 
 
