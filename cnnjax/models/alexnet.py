@@ -65,14 +65,14 @@ class AlexNet(blocks.Model):
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
-        x = taps("conv1", jax.nn.relu(self.conv1(x)))
-        x = taps("conv2", jax.nn.relu(self.conv2(blocks.max_pool(x, 3, 2))))
-        x = taps("conv3", jax.nn.relu(self.conv3(blocks.max_pool(x, 3, 2))))
-        x = taps("conv4", jax.nn.relu(self.conv4(x)))
-        x = taps("conv5", jax.nn.relu(self.conv5(x)))
+        x = taps("conv1", self.part(lambda m, x: jax.nn.relu(m.conv1(x)), x))
+        x = taps("conv2", self.part(lambda m, x: jax.nn.relu(m.conv2(blocks.max_pool(x, 3, 2))), x))
+        x = taps("conv3", self.part(lambda m, x: jax.nn.relu(m.conv3(blocks.max_pool(x, 3, 2))), x))
+        x = taps("conv4", self.part(lambda m, x: jax.nn.relu(m.conv4(x)), x))
+        x = taps("conv5", self.part(lambda m, x: jax.nn.relu(m.conv5(x)), x))
         x = taps("pool", blocks.adaptive_avg_pool(blocks.max_pool(x, 3, 2), 6))
-        x = taps("fc1", jax.nn.relu(self.fc1(self.drop1(blocks.flatten(x)))))
-        x = taps("fc2", jax.nn.relu(self.fc2(self.drop2(x))))
+        x = taps("fc1", self.part(lambda m, x: jax.nn.relu(m.fc1(m.drop1(blocks.flatten(x)))), x))
+        x = taps("fc2", self.part(lambda m, x: jax.nn.relu(m.fc2(m.drop2(x))), x))
         return self.fc3(x)
 
 
@@ -153,14 +153,14 @@ class AlexNetCaffe(blocks.Model):
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
-        x = taps("conv1", jax.nn.relu(self.conv1(x)))
-        x = taps("conv2", jax.nn.relu(self.conv2(self._norm_pool(x))))
-        x = taps("conv3", jax.nn.relu(self.conv3(self._norm_pool(x))))
-        x = taps("conv4", jax.nn.relu(self.conv4(x)))
-        x = taps("conv5", jax.nn.relu(self.conv5(x)))
+        x = taps("conv1", self.part(lambda m, x: jax.nn.relu(m.conv1(x)), x))
+        x = taps("conv2", self.part(lambda m, x: jax.nn.relu(m.conv2(m._norm_pool(x))), x))
+        x = taps("conv3", self.part(lambda m, x: jax.nn.relu(m.conv3(m._norm_pool(x))), x))
+        x = taps("conv4", self.part(lambda m, x: jax.nn.relu(m.conv4(x)), x))
+        x = taps("conv5", self.part(lambda m, x: jax.nn.relu(m.conv5(x)), x))
         x = taps("pool", blocks.max_pool(x, 3, 2, ceil=True))
-        x = taps("fc1", self.drop1(jax.nn.relu(self.fc1(blocks.flatten(x)))))
-        x = taps("fc2", self.drop2(jax.nn.relu(self.fc2(x))))
+        x = taps("fc1", self.part(lambda m, x: m.drop1(jax.nn.relu(m.fc1(blocks.flatten(x)))), x))
+        x = taps("fc2", self.part(lambda m, x: m.drop2(jax.nn.relu(m.fc2(x))), x))
         return self.fc3(x)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,6 +36,7 @@ __all__ = [
     "local_response_norm",
     "max_pool",
     "run",
+    "run_part",
 ]
 
 Wanted = bool | str | Sequence[str] | None
@@ -109,6 +110,10 @@ class Model(nnx.Module):
         taps = Taps(return_features)
         logits = self.forward(x if dtype is None else jnp.asarray(x, dtype), taps)
         return taps.result(logits if dtype is None else logits.astype(jnp.float32))
+
+    def part(self, call: Callable[[Any, Any], Any], x: Any) -> Any:
+        """``call(self, x)``, a part of the forward pass that ``config.remat`` recomputes."""
+        return run_part(self, call, x, remat=self.config.remat)
 
     def _check(self, x: Any) -> None:
         what = self.provenance.name if self.provenance is not None else type(self).__name__
@@ -283,16 +288,21 @@ def run(module: Any, *args: Any, remat: bool = False) -> Any:
 
     State that the call changes (batch statistics, random counters) is carried over.
     """
+    return run_part(module, lambda inner, *args: inner(*args), *args, remat=remat)
+
+
+def run_part(module: Any, call: Callable[..., Any], *args: Any, remat: bool = False) -> Any:
+    """``call(module, *args)``: `run` for a part of what a module does."""
     if not remat:
-        return module(*args)
+        return call(module, *args)
     graphdef, params, rest = nnx.split(module, nnx.Param, ...)
 
     @jax.checkpoint
-    def call(params: Any, rest: Any, *args: Any) -> Any:
+    def again(params: Any, rest: Any, *args: Any) -> Any:
         inner = nnx.merge(graphdef, params, rest, copy=True)
-        out = inner(*args)
+        out = call(inner, *args)
         return out, nnx.state(inner, nnx.Not(nnx.Param))
 
-    out, new = call(params, rest, *args)
+    out, new = again(params, rest, *args)
     nnx.update(module, new)
     return out

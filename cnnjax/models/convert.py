@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from cnnjax import tree
-from cnnjax.models import init, keymaps, registry
+from cnnjax.models import init, keras_layers, keymaps, registry
 
 _LEAVES = {
     "kernel": "weight",
@@ -29,7 +29,9 @@ _LEAVES = {
     "mean": "running_mean",
     "var": "running_var",
 }
-_HUB = re.compile(r"^(?:hf://)?([\w.-]+/[\w.-]+)(?:/(.+))?$")
+_HUB = re.compile(r"^(?:hf://|hf-hub:)?([\w.-]+/[\w.-]+)(?:/(.+))?$")
+
+_HUB_FILE = "model.safetensors"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,8 +282,10 @@ def load_pretrained(
 
     Args:
       name: a registered name.
-      source: a weight file (see `read_weights`), or ``owner/repository[/file]`` on the Hugging
-        Face hub (needs ``huggingface_hub`` and network; default file ``model.safetensors``).
+      source: a weight file (see `read_weights`; also Keras' ``.h5`` and ``.keras``, whose padding
+        and epsilons then become the model's), a folder with ``model.safetensors``, or
+        ``owner/repository[/file]`` on the Hugging Face hub (needs ``huggingface_hub`` and network;
+        default file ``model.safetensors``).
       rngs: random streams of the model; ``nnx.Rngs(0)`` by default.
       skip: globs of the model's paths that stay freshly initialised, e.g. ``"fc/*"`` for another
         number of classes.
@@ -292,10 +296,15 @@ def load_pretrained(
 
     Raises:
       ValueError: every mismatch between file and model at once.
+      FileNotFoundError: no such file, folder or repository, or no network.
     """
+    if pathlib.Path(source).suffix.lower() in (".h5", ".hdf5", ".keras"):
+        return _from_keras(name, source, rngs, skip, fields)
     blank = registry.abstract(name, **fields)
     path = pathlib.Path(source)
-    if not path.is_file():
+    if path.is_dir():
+        path = path / _HUB_FILE
+    elif not path.is_file():
         path = _from_hub(str(source))
     weights = read_weights(path)
     skip = (skip,) if isinstance(skip, str) else skip
@@ -305,6 +314,21 @@ def load_pretrained(
     with contextlib.nullcontext() if skip else init.without_draws():
         model = registry.create(name, rngs=rngs, **fields)
     load_weights(model, weights, layouts=(layout,), skip=skip)
+    model.eval()
+    return model
+
+
+def _from_keras(
+    name: str, source: Any, rngs: nnx.Rngs | None, skip: Any, fields: dict[str, Any]
+) -> Any:
+    if skip:
+        raise ValueError("skip= is for PyTorch-layout files; a Keras file is loaded whole")
+    base = keras_layers.counterpart(name)
+    layers = keras_layers.read_keras(source)
+    fields = {**keras_layers.keras_fields(base), **fields}
+    with init.without_draws():
+        model = registry.create(name, rngs=rngs or nnx.Rngs(0), **fields)
+    keras_layers.load_keras(model, layers)
     model.eval()
     return model
 
@@ -321,4 +345,11 @@ def _from_hub(source: str) -> pathlib.Path:
             f"{missing}; if it's a repository on the Hugging Face hub, `pip install "
             "huggingface_hub` first"
         ) from error
-    return pathlib.Path(hf_hub_download(match.group(1), match.group(2) or "model.safetensors"))
+    repository, file = match.group(1), match.group(2) or _HUB_FILE
+    try:
+        return pathlib.Path(hf_hub_download(repository, file))
+    except Exception as error:  # its errors' classes differ from release to release
+        raise FileNotFoundError(
+            f"{missing}, and {file!r} of {repository!r} can't be fetched from the Hugging Face hub "
+            f"({type(error).__name__}: {error})"
+        ) from error

@@ -84,7 +84,7 @@ class _Cross(blocks.Model):
     def _head(self, maps: list[Any], taps: blocks.Taps) -> Any:
         x = taps("joined", jnp.concatenate([blocks.flatten(m) for m in maps], -1))
         if self.config.hidden:
-            x = taps("hidden", self._act(self.hidden(x)))
+            x = taps("hidden", self.part(lambda m, x: m._act(m.hidden(x)), x))
         return self.fc(x)
 
 
@@ -101,9 +101,9 @@ class CcnnGender(_Cross):
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
-        x = taps("s2", self._pool(self._act(self.conv1(x))))
-        s4 = taps("s4", self._pool(self._act(self.conv3(x))))
-        s6 = taps("s6", self._pool(self._act(self.conv5(s4))))
+        x = taps("s2", self.part(lambda m, x: m._pool(m._act(m.conv1(x))), x))
+        s4 = taps("s4", self.part(lambda m, x: m._pool(m._act(m.conv3(x))), x))
+        s6 = taps("s6", self.part(lambda m, x: m._pool(m._act(m.conv5(x))), s4))
         return self._head([s4, s6], taps)
 
 
@@ -120,9 +120,9 @@ class CrossLeNet5(_Cross):
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
-        s2 = taps("s2", self._pool(self._act(self.conv1(x))))
-        s4 = taps("s4", self._pool(self._act(self.conv3(s2))))
-        c5 = taps("c5", self._act(self.conv5(s4)))
+        s2 = taps("s2", self.part(lambda m, x: m._pool(m._act(m.conv1(x))), x))
+        s4 = taps("s4", self.part(lambda m, x: m._pool(m._act(m.conv3(x))), s2))
+        c5 = taps("c5", self.part(lambda m, x: m._act(m.conv5(x)), s4))
         return self._head([s2, s4, c5], taps)
 
 

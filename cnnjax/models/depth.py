@@ -69,21 +69,26 @@ class Repeated(nnx.Module):
 
         self.repeated = build(rngs)
 
-    def __call__(self, x: Any, gates: Any = None, *, remat: bool = False) -> Any:
-        """x through every block; ``gates`` (count,) goes to the blocks one by one."""
+    def __call__(
+        self, x: Any, gates: Any = None, *, remat: bool = False, every: bool = False
+    ) -> Any:
+        """x through every block; ``gates`` (count,) goes to the blocks one by one.
+
+        With ``every`` also all blocks' outputs, stacked (count, N, H, W, C).
+        """
         graphdef, params, rest = nnx.split(self.repeated, nnx.Param, ...)
 
         def body(x: Any, xs: Any) -> Any:
             params, rest, gate = xs
             block = nnx.merge(graphdef, params, rest, copy=True)
             y = block(x) if gate is None else block(x, gate)
-            return y, nnx.state(block, nnx.Not(nnx.Param))
+            return y, (nnx.state(block, nnx.Not(nnx.Param)), y if every else None)
 
         if remat:
             body = jax.checkpoint(body, prevent_cse=False)
-        x, new = jax.lax.scan(body, x, (params, rest, gates))
+        x, (new, maps) = jax.lax.scan(body, x, (params, rest, gates))
         nnx.update(self.repeated, new)
-        return x
+        return (x, maps) if every else x
 
 
 def make_stage(
@@ -112,7 +117,10 @@ def run_stage(
     gates: Any = None,
     remat: bool = False,
 ) -> Any:
-    """x through a stage; features ``name/index`` (the last one only of scanned blocks), ``name``.
+    """x through a stage; features ``name/index`` of every block, ``name``.
+
+    A scanned block's map is kept only if it is asked for (then those of all the scanned blocks are
+    computed into one array).
 
     Args:
       stage: of `make_stage`.
@@ -126,8 +134,16 @@ def run_stage(
     for block in stage:
         if isinstance(block, Repeated):
             part = None if gates is None else gates[done : done + block.count]
-            x = block(x, part, remat=remat)
+            names = [f"{name}/{done + i}" for i in range(block.count)]
+            wanted = [taps.wants(n) for n in names]
             done += block.count
+            if any(wanted[:-1]):
+                x, maps = block(x, part, remat=remat, every=True)
+                for i, (n, keep) in enumerate(zip(names, wanted, strict=True)):
+                    if keep:
+                        taps(n, maps[i])
+                continue
+            x = block(x, part, remat=remat)
         else:
             x = blocks.run(block, x, *(() if gates is None else (gates[done],)), remat=remat)
             done += 1

@@ -9,9 +9,12 @@ The configuration must match too: `keras_fields` has the fields of the Keras net
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import pathlib
 import re
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -112,6 +115,60 @@ def read_keras_h5(path: str | os.PathLike[str]) -> dict[str, list[np.ndarray]]:
         }
 
 
+def read_keras(path: str | os.PathLike[str]) -> dict[str, list[np.ndarray]]:
+    """``{layer name: arrays}`` of a Keras file: an application's ``.h5``, or a ``.keras`` archive.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ImportError: h5py is absent.
+      ValueError: the file isn't in such a format.
+    """
+    path = pathlib.Path(path)
+    if path.suffix.lower() != ".keras":
+        return read_keras_h5(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weight file {str(path)!r}")
+    try:
+        import h5py  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("reading .keras files needs h5py: pip install h5py") from error
+    try:
+        with zipfile.ZipFile(path) as archive:
+            layers = json.loads(archive.read("config.json"))["config"]["layers"]
+            weights = io.BytesIO(archive.read("model.weights.h5"))
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is not a .keras archive of a network: {error}") from error
+    out: dict[str, list[np.ndarray]] = {}
+    seen: dict[str, int] = {}
+    with h5py.File(weights, "r") as file:
+        for layer in layers:
+            # the archive counts layers of a class: conv2d, conv2d_1, ... whatever their own names
+            kind = _snake(layer["class_name"])
+            number = seen[kind] = seen.get(kind, -1) + 1
+            place: Any = file.get(f"layers/{kind}_{number}" if number else f"layers/{kind}")
+            held: Any = {} if place is None else place.get("vars", {})
+            arrays = [np.asarray(held[k]) for k in sorted(held, key=int)]
+            out[layer["config"]["name"]] = arrays
+    return out
+
+
+def _snake(name: str) -> str:
+    name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+
+
+def counterpart(name: str) -> str:
+    """The Keras application (by our name) of a registered model, e.g. of its other widths.
+
+    Raises:
+      ValueError: there is none.
+    """
+    base = next((k for k in _RULES if name == k or name.startswith(f"{k}_")), None)
+    if base is None or name.endswith("_paper"):
+        raise ValueError(f"no Keras counterpart of {name!r}.{did_you_mean(name, _RULES)}")
+    return base
+
+
 def _name(model: str, path: str) -> str | None:
     for pattern, template in _RULES[model]:
         if match := re.fullmatch(pattern, path):
@@ -189,9 +246,7 @@ def load_keras(model: Any, layers: Layers) -> Any:
         listed; nothing is changed unless every layer is there).
     """
     name = model.provenance.name if model.provenance is not None else type(model).__name__
-    base = next((k for k in _RULES if name == k or name.startswith(f"{k}_")), None)
-    if base is None or name.endswith("_paper"):
-        raise ValueError(f"no Keras counterpart of {name!r}.{did_you_mean(name, _RULES)}")
+    base = counterpart(name)
     source, wrong = _Source(layers), []
     plan: list[tuple[Any, np.ndarray, str]] = []
     for path, unit in _units(model):

@@ -57,8 +57,8 @@ class LeNet300100(blocks.Model):
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
         act = _ACTIVATIONS[self.config.activation]
-        x = taps("fc1", act(self.fc1(blocks.flatten(x))))
-        x = taps("fc2", act(self.fc2(x)))
+        x = taps("fc1", self.part(lambda m, x: act(m.fc1(blocks.flatten(x))), x))
+        x = taps("fc2", self.part(lambda m, x: act(m.fc2(x)), x))
         return self.fc3(x)
 
 
@@ -82,10 +82,10 @@ class LeNet5Caffe(blocks.Model):
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
-        x = taps("pool1", blocks.max_pool(self.conv1(x), 2))
-        x = taps("pool2", blocks.max_pool(self.conv2(x), 2))
+        x = taps("pool1", self.part(lambda m, x: blocks.max_pool(m.conv1(x), 2), x))
+        x = taps("pool2", self.part(lambda m, x: blocks.max_pool(m.conv2(x), 2), x))
         act = _ACTIVATIONS[self.config.activation]
-        x = taps("fc1", act(self.fc1(blocks.flatten(x))))
+        x = taps("fc1", self.part(lambda m, x: act(m.fc1(blocks.flatten(x))), x))
         return self.fc2(x)
 
 
@@ -112,10 +112,10 @@ class LeNet5(blocks.Model):
         """(N, H, W, C) -> logits."""
         act = _ACTIVATIONS[self.config.activation]
         pool = blocks.avg_pool if self.config.pool == "avg" else blocks.max_pool
-        x = taps("pool1", pool(act(self.conv1(x)), 2))
-        x = taps("pool2", pool(act(self.conv2(x)), 2))
-        x = taps("conv3", act(self.conv3(x)))
-        x = taps("fc1", act(self.fc1(blocks.global_avg_pool(x))))
+        x = taps("pool1", self.part(lambda m, x: pool(act(m.conv1(x)), 2), x))
+        x = taps("pool2", self.part(lambda m, x: pool(act(m.conv2(x)), 2), x))
+        x = taps("conv3", self.part(lambda m, x: act(m.conv3(x)), x))
+        x = taps("fc1", self.part(lambda m, x: act(m.fc1(blocks.global_avg_pool(x))), x))
         return self.fc2(x)
 
 

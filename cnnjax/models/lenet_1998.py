@@ -146,12 +146,12 @@ class LeNet51998(blocks.Model):
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
-        x = taps("c1", squash(self.c1(x)))
-        x = taps("s2", self.s2(x))
-        x = taps("c3", squash(self.c3(x)))
-        x = taps("s4", self.s4(x))
-        x = taps("c5", squash(self.c5(x)))
-        x = taps("f6", squash(self.f6(blocks.global_avg_pool(x))))
+        x = taps("c1", self.part(lambda m, x: squash(m.c1(x)), x))
+        x = taps("s2", self.part(lambda m, x: m.s2(x), x))
+        x = taps("c3", self.part(lambda m, x: squash(m.c3(x)), x))
+        x = taps("s4", self.part(lambda m, x: m.s4(x), x))
+        x = taps("c5", self.part(lambda m, x: squash(m.c5(x)), x))
+        x = taps("f6", self.part(lambda m, x: squash(m.f6(blocks.global_avg_pool(x))), x))
         centres = jnp.asarray(codes(self.config.num_classes), x.dtype)
         # |x - c|^2 without the (N, classes, 84) differences
         return 2.0 * (x @ centres.T) - jnp.sum(x * x, -1, keepdims=True) - centres.shape[1]

@@ -59,13 +59,15 @@ class Plain(blocks.Model):
 
     def forward(self, x: Any, taps: blocks.Taps) -> Any:
         """(N, H, W, C) -> logits."""
-        for i, layer in enumerate(self.convs):
-            x = taps(f"conv{i + 1}", jax.nn.relu(layer(x)))
+        for i in range(len(self.convs)):
+            x = self.part(lambda m, x, i=i: jax.nn.relu(m.convs[i](x)), x)
+            x = taps(f"conv{i + 1}", x)
         if self.config.widths:
             x = blocks.max_pool(x, 2)
         x = blocks.flatten(x)
-        for i, layer in enumerate(self.denses):
-            x = taps(f"dense{i + 1}", jax.nn.relu(layer(x)))
+        for i in range(len(self.denses)):
+            x = self.part(lambda m, x, i=i: jax.nn.relu(m.denses[i](x)), x)
+            x = taps(f"dense{i + 1}", x)
         return self.head(x)
 
 

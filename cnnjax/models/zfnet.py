@@ -77,16 +77,22 @@ class ZfNet(blocks.Model):
         def norm(x: Any) -> Any:
             return blocks.local_response_norm(x, window=5, alpha=1e-4, beta=0.75, k=2.0)
 
-        x = taps("conv1", jax.nn.relu(self.conv1(x)))
-        x = norm(blocks.max_pool(x, 3, 2, pad=1))
-        x = taps("conv2", jax.nn.relu(self.conv2(x)))
-        x = norm(blocks.max_pool(x, 3, 2, ceil=True))
-        x = taps("conv3", jax.nn.relu(self.conv3(x)))
-        x = taps("conv4", jax.nn.relu(self.conv4(x)))
-        x = taps("conv5", jax.nn.relu(self.conv5(x)))
+        x = taps("conv1", self.part(lambda m, x: jax.nn.relu(m.conv1(x)), x))
+        x = taps(
+            "conv2",
+            self.part(lambda m, x: jax.nn.relu(m.conv2(norm(blocks.max_pool(x, 3, 2, pad=1)))), x),
+        )
+        x = taps(
+            "conv3",
+            self.part(
+                lambda m, x: jax.nn.relu(m.conv3(norm(blocks.max_pool(x, 3, 2, ceil=True)))), x
+            ),
+        )
+        x = taps("conv4", self.part(lambda m, x: jax.nn.relu(m.conv4(x)), x))
+        x = taps("conv5", self.part(lambda m, x: jax.nn.relu(m.conv5(x)), x))
         x = taps("pool", blocks.max_pool(x, 3, 2))
-        x = taps("fc1", self.drop1(jax.nn.relu(self.fc1(blocks.flatten(x)))))
-        x = taps("fc2", self.drop2(jax.nn.relu(self.fc2(x))))
+        x = taps("fc1", self.part(lambda m, x: m.drop1(jax.nn.relu(m.fc1(blocks.flatten(x)))), x))
+        x = taps("fc2", self.part(lambda m, x: m.drop2(jax.nn.relu(m.fc2(x))), x))
         return self.fc3(x)
 
 

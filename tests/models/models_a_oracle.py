@@ -24,7 +24,7 @@ def macs(jaxpr: Any) -> int:
             kernel = eqn.invars[1].aval.shape
             features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += math.prod(out) * math.prod(kernel) // features
-        elif re.fullmatch("cnnjax_(depthwise|grouped|pointwise)_conv", name):
+        elif re.fullmatch("cnnjax_(depthwise|grouped|pointwise|dense)_conv", name):
             total += math.prod(out) * math.prod(eqn.invars[1].aval.shape[:-1])
         elif name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]

@@ -296,6 +296,9 @@ def test_safetensors(tmp_path):
     same_arrays(
         models.load_pretrained("resnet20_cifar", tmp_path / "w.safetensors", **SMALL), model
     )
+    # a folder as the hub's tools leave it
+    (tmp_path / "w.safetensors").rename(tmp_path / "model.safetensors")
+    same_arrays(models.load_pretrained("resnet20_cifar", tmp_path, **SMALL), model)
 
 
 def test_repositories_on_the_hub_are_fetched(tmp_path, monkeypatch):
@@ -311,6 +314,13 @@ def test_repositories_on_the_hub_are_fetched(tmp_path, monkeypatch):
     for source in ("owner/net", "hf://owner/net/sub/file.npz"):
         same_arrays(models.load_pretrained("resnet20_cifar", source, **SMALL), small_resnet())
     assert asked == [("owner/net", "model.safetensors"), ("owner/net", "sub/file.npz")]
+
+    def fail(repository, file):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(fake, "hf_hub_download", fail)
+    with pytest.raises(FileNotFoundError, match="of 'timm/net' can't be fetched.*no route to host"):
+        models.load_pretrained("resnet20_cifar", "hf-hub:timm/net", **SMALL)
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(FileNotFoundError, match="pip install huggingface_hub"):
         models.load_pretrained("resnet20_cifar", "owner/net", **SMALL)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
+import zipfile
 from typing import Any
 
 import jax
@@ -123,6 +126,68 @@ def test_keras_file(tmp_path):
     np.testing.assert_array_equal(layers["fc"][0], kernel)
     with pytest.raises(FileNotFoundError, match="no weight file"):
         keras_layers.read_keras_h5(tmp_path / "none.h5")
+
+
+def _archive(h5py, path, layers: dict[str, list[np.ndarray]]) -> None:
+    """A ``.keras`` file: weights under each class's running number, names in the configuration."""
+    kinds = {"conv_dw": "DepthwiseConv2D", "conv": "Conv2D", "bn": "BatchNormalization"}
+    entries, counts = [], dict.fromkeys(kinds.values(), 0)
+    with h5py.File(path.with_suffix(".h5"), "w") as file:
+        for name, arrays in layers.items():
+            key = "bn" if name.endswith("_bn") else "conv_dw" if "_dw_" in name else "conv"
+            kind, number = kinds[key], counts[kinds[key]]
+            counts[kind] += 1
+            entries.append({"class_name": kind, "config": {"name": name}})
+            place = {"Conv2D": "conv2d", "DepthwiseConv2D": "depthwise_conv2d"}.get(
+                kind, "batch_normalization"
+            )
+            for i, array in enumerate(arrays):
+                file[
+                    f"layers/{place}_{number}/vars/{i}" if number else f"layers/{place}/vars/{i}"
+                ] = array
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("config.json", json.dumps({"config": {"layers": entries}}))
+        archive.write(path.with_suffix(".h5"), "model.weights.h5")
+
+
+def test_load_pretrained_takes_keras_files(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    layers: dict[str, Any] = {"conv1": [np.zeros((3, 3, 3, 8))], "conv1_bn": [np.ones(8)] * 4}
+    widths = [8, 16, 32, 32, 64, 64, *[128] * 6, 256, 256]
+    for i, (a, b) in enumerate(itertools.pairwise(widths), 1):
+        layers |= _separable(i, a, b)
+    layers["conv_preds"] = [np.zeros((1, 1, 256, 3)), np.ones(3)]
+    layers = {k: [rng.uniform(0.5, 1, a.shape).astype(np.float32) for a in v]
+              for k, v in layers.items()}  # fmt: skip
+    _archive(h5py, tmp_path / "net.keras", layers)
+    with h5py.File(tmp_path / "net.h5", "w") as file:
+        file.attrs["layer_names"] = [k.encode() for k in layers]
+        for name, arrays in layers.items():
+            names = [f"{name}/{i}:0".encode() for i in range(len(arrays))]
+            file.create_group(name).attrs["weight_names"] = names
+            for key, array in zip(names, arrays, strict=True):
+                file[name].create_dataset(key.decode(), data=array)
+    want = models.create(
+        "mobilenet_v1_025", num_classes=3, rngs=nnx.Rngs(0),
+        **keras_layers.keras_fields("mobilenet_v1"),
+    )  # fmt: skip
+    keras_layers.load_keras(want, layers)
+    for file in ("net.keras", "net.h5"):
+        got = models.load_pretrained("mobilenet_v1_025", tmp_path / file, num_classes=3)
+        assert got.config.bn_epsilon == 1e-3
+        kinds = nnx.Any(nnx.Param, nnx.BatchStat)
+        a, b = (jax.tree.leaves(nnx.state(m, kinds)) for m in (got, want))
+        assert len(a) == len(b) > 100
+        for x, y in zip(a, b, strict=True):
+            np.testing.assert_array_equal(x, y)
+    with pytest.raises(ValueError, match="no Keras counterpart of 'resnet50'"):
+        models.load_pretrained("resnet50", tmp_path / "net.keras")
+    with pytest.raises(ValueError, match="don't fit|hold no layer"):
+        models.load_pretrained("mobilenet_v2", tmp_path / "net.keras")
+    (tmp_path / "bad.keras").write_bytes(b"nothing")
+    with pytest.raises((ValueError, ImportError), match="not a .keras archive"):
+        models.load_pretrained("mobilenet_v1", tmp_path / "bad.keras")
 
 
 # their names of some modules, and how many arrays with a name of their own there are
