@@ -49,7 +49,8 @@ def test_every_family_has_a_recipe():
     wanted = {
         "resnet110_cifar", "preact_resnet164", "stochastic_depth_110", "wrn_28_10",
         "densenet_bc_100_12", "resnext29_8x64d", "fractalnet_cifar", "rir_18_wide",
-        "ror_3_wrn_40_4", "multi_resnet_200_k5", "highway_19", "nin_cifar", "maxout_nin", "cic", "mpnin",
+        "ror_3_wrn_40_4", "multi_resnet_200_k5", "highway_19", "nin_cifar", "maxout_nin", "cic",
+        "mpnin",
         "vgg16_cifar", "vgg19_cifar", "alexnet_caffe", "zfnet", "vgg16_bn", "googlenet",
         "inception_v2", "inception_v3", "inception_v4", "inception_resnet_v1",
         "inception_resnet_v2", "xception", "resnet50_v1", "preact_resnet200", "resnext50_32x4d",
