@@ -60,7 +60,7 @@ class Run:
         else:
             self.dense = self.fit(self.sgd(rate, dense, decay=5e-4), self.start, dense).params
             if cache is not None:
-                flat = {p: np.asarray(w) for p, w in treelib.flatten(self.dense).items()}
+                flat: Any = {p: np.asarray(w) for p, w in treelib.flatten(self.dense).items()}
                 cache.parent.mkdir(parents=True, exist_ok=True)
                 np.savez(cache, **flat)
         self.dense_error = self.error(self.with_params(self.dense))

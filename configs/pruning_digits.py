@@ -27,6 +27,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pruning_digits_cnn
+import pruning_digits_small
 from digits_lab import Lab, Row, assign, full, noise, replaced
 
 from cnnjax import graph, pruning, training
@@ -324,7 +325,7 @@ ENTRIES: dict[str, Callable[[Lab], list[Row]]] = {
         hard_concrete_l0, optimal_brain_damage, optimal_brain_surgeon, magnitude_prune_retrain,
         data_free_neuron_merging, dynamic_network_surgery,
     )
-} | pruning_digits_cnn.ENTRIES  # fmt: skip
+} | pruning_digits_cnn.ENTRIES | pruning_digits_small.ENTRIES  # fmt: skip
 
 
 def main() -> None:

@@ -314,7 +314,7 @@ def _solve(gram: Array, cross: Array, keep: Array, ridge: float) -> Array:
         return jax.scipy.linalg.cho_factor(system, lower=True)[0]
 
     # rank-deficient columns: rounding can make the matrix indefinite by more than a small ridge
-    ridge, factor = jax.lax.while_loop(
+    _, factor = jax.lax.while_loop(
         lambda state: ~jnp.all(jnp.isfinite(state[1])) & (state[0] < 0.1),
         lambda state: (10 * state[0], factorized(10 * state[0])),
         (jnp.asarray(ridge, gram.dtype), factorized(ridge)),

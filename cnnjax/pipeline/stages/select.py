@@ -149,7 +149,7 @@ class Select:
     def _by_readers(self, model: Any, found: Any, pixels: Sequence[Any]) -> dict[str, Any]:
         """The lasso's strength depends on how many channels go: layers of one share together."""
         share = np.full(found.num_atoms, 1 - self.macs if self.macs else 0.0)
-        for glob, value in reversed(self.ratio.items()):
+        for glob, value in reversed(list(self.ratio.items())):
             for group in found.groups:
                 if tree.glob_match(glob, group.name):
                     share[group.atoms] = value
