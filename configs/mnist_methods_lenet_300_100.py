@@ -111,9 +111,9 @@ def merging(run: Run, removed: int) -> Found:
     return {"error": 100 * float(wrong.mean()), "ratio": run.total / count}
 
 
-SURGERY = dict(zip(KERNELS, (0.008, 0.01, 0.04)))
+SURGERY = dict(zip(KERNELS, (0.004, 0.006, 0.04)))
 METHODS = {
-    "surgery": Method(lambda r: surgery(r, SURGERY, 60, 0.01, 5e-4), "1.99", "56x (Guo et al. 2016)"),
+    "surgery": Method(lambda r: surgery(r, SURGERY, 60, 0.03, 1e-3), "1.99", "56x (Guo et al. 2016)"),
     "hard_concrete": Method(hard_concrete, "1.4", "219-214-100 (Louizos et al. 2018)"),
     "hard_thresholding": Method(hard_thresholding, "", "about 4x, no loss (Jin et al. 2016)"),
     "memory_bounded_l0": Method(bounded, "", "4x on AlexNet (Collins & Kohli 2014)"),

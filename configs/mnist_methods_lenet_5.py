@@ -130,7 +130,7 @@ SURGERY = dict(zip(KERNELS, (0.10, 0.02, 0.004, 0.03)))
 METHODS = {
     "merging_300": Method(lambda r: merging(r, 300), "", ""),
     "merging_450": Method(lambda r: merging(r, 450), "", "85 % removed (Srinivas & Babu 2015)"),
-    "surgery": Method(lambda r: surgery(r, SURGERY, 10, 0.01, 5e-4), "0.91", "108x (Guo et al. 2016)"),
+    "surgery": Method(lambda r: surgery(r, SURGERY, 10, 0.02, 1e-3), "0.91", "108x (Guo et al. 2016)"),
     "structured_sparsity_mild": Method(lambda r: structured_sparsity(r, 1e-3), "0.8", "5-19 filters, 1-4 channels (Wen et al. 2016)"),
     "structured_sparsity": Method(lambda r: structured_sparsity(r, 3e-3), "1.0", "3-12 filters, 1-3 channels (Wen et al. 2016)"),
     "hard_concrete": Method(hard_concrete, "0.9", "20-25-45-462 (Louizos et al. 2018)"),
