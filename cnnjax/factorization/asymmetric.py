@@ -35,6 +35,9 @@ from cnnjax.factorization.sites import Batches, Site, find_sites, response_momen
 from cnnjax.factorization.spatial import spatial_svd, spatial_unfolding
 from cnnjax.factorization.survey import Plan, spec_of
 
+# shares of a speed-up that the spatial part takes on, of which `pca_plan` chooses
+SPLITS = (0.2, 0.35, 0.5, 0.65, 0.8)
+
 
 @dataclasses.dataclass(frozen=True)
 class Asymmetric3D(Rule):
@@ -85,13 +88,15 @@ def pca_plan(
     macs: float,
     *,
     example: Any,
-    split: float = 0.5,
+    split: float | None = None,
 ) -> Plan:
     """Ranks of a whole network by the PCA energy of its responses, to a budget of MACs.
 
     The greedy product of `pca_energy_ranks` over the layers' response spectra chooses d'. Between
     space and channels of `Asymmetric3D` the spatial part comes first: it may use
-    ``macs ** split`` of a layer's MACs (the square root of the speed-up each by default).
+    ``macs ** split`` of a layer's MACs (0.5: the square root of the speed-up each). By default the
+    split is the one of `SPLITS` whose ranks keep most: the product of the kernels' energy that the
+    spatial parts keep and of the responses' energy that the channel ranks keep.
 
     Args:
       model: any NNX network.
@@ -100,7 +105,7 @@ def pca_plan(
       batches: inputs, arrays or mappings with ``"image"``, all positions of which count.
       macs: share of the rules' layers' MACs that is allowed.
       example: an input.
-      split: see above.
+      split: see above; None: the best one.
 
     Returns:
       A plan with concrete ranks; layers whose chain would not be cheaper are kept.
@@ -126,23 +131,52 @@ def pca_plan(
     sites = find_sites(model, list(chosen_rules), example)
     moments = response_moments(model, sites, batches)
     found = surgery.modules(model)
-    total = fixed = 0.0
-    costs, energies, spatial = [], [], []
-    for site in sites:
-        rule, layer = chosen_rules[site.path], _Geometry.of(found[site.path], site)
-        ranks = layer.spatial_ranks(rule, macs**split)
-        one, two = (layer.macs(rule, (*ranks, r)) for r in (1, 2))
-        values = spectra(moments[site.path], layer.spec.groups)[: layer.most(ranks)]
-        total, fixed = total + layer.before, fixed + 2 * one - two
-        costs.append(float((two - one) * len(values)))
-        energies.append(values)
-        spatial.append(ranks)
-    chosen = pca_energy_ranks(energies, costs, macs * total - fixed)
+    layers = [
+        (
+            chosen_rules[site.path],
+            _Geometry.of(found[site.path], site),
+            found[site.path].kernel[...],
+        )
+        for site in sites
+    ]
+    values = [spectra(moments[s.path], g.spec.groups) for s, (_, g, _) in zip(sites, layers)]
+    three = any(isinstance(rule, Asymmetric3D) for rule, _, _ in layers)
+    tried = []
+    for share in SPLITS if split is None and three else (0.5 if split is None else split,):
+        try:
+            tried.append(_ranks_at(layers, values, macs, share))
+        except ValueError as error:  # a split may leave no room for the channels
+            refused = error
+    if not tried:
+        raise refused  # pyright: ignore[reportPossiblyUnboundVariable]
+    _, spatial, chosen = max(tried, key=lambda one: one[0])
     ranked: dict[str, Rule | None] = {}
     for site, ranks, rank in zip(sites, spatial, chosen):
         value = (*ranks, rank) if ranks else rank
         ranked[site.path] = dataclasses.replace(chosen_rules[site.path], rank=value, always=False)
     return plan(model, ranked, example)
+
+
+def _ranks_at(
+    layers: list[tuple[Rule, _Geometry, Any]], values: list[np.ndarray], macs: float, split: float
+) -> tuple[float, list[Ranks], list[int]]:
+    """(log of the kept energies' product, spatial ranks, channel ranks) under one split."""
+    total = fixed = kept = 0.0
+    costs, energies, spatial = [], [], []
+    for (rule, layer, kernel), spectrum in zip(layers, values):
+        ranks = layer.spatial_ranks(rule, macs**split)
+        one, two = (layer.macs(rule, (*ranks, r)) for r in (1, 2))
+        most = spectrum[: layer.most(ranks)]
+        total, fixed = total + layer.before, fixed + 2 * one - two
+        costs.append(float((two - one) * len(most)))
+        energies.append(most)
+        spatial.append(ranks)
+        if ranks:
+            kept += layer.spatial_energy(kernel, ranks[0])
+    chosen = pca_energy_ranks(energies, costs, macs * total - fixed)
+    for spectrum, rank in zip(values, chosen):
+        kept += float(np.log(max(spectrum[:rank].sum(), 1e-30) / max(spectrum.sum(), 1e-30)))
+    return kept, spatial, chosen
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +205,16 @@ class _Geometry:
             return ()
         kernel = np.zeros(self.shape, np.float32)
         return choose_ranks(Spatial(MacsRatio(share)), kernel, self.spec, self.size)
+
+    def spatial_energy(self, kernel: Any, rank: int) -> float:
+        """Log of the share of the kernel's energy that the spatial part keeps, over all groups."""
+        squares = np.array(
+            [
+                np.linalg.svd(np.asarray(spatial_unfolding(block)), compute_uv=False) ** 2
+                for block in np.asarray(split_groups(kernel, self.spec.groups))
+            ]
+        )
+        return float(np.log(max(squares[:, :rank].sum(), 1e-30) / max(squares.sum(), 1e-30)))
 
     def most(self, ranks: Ranks) -> int:
         """The largest channel rank that a chain can have behind the spatial ranks."""

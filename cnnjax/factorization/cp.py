@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import functools
 import string
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,10 +158,9 @@ def cp_als(
     Reference:
       Kolda & Bader, "Tensor decompositions and applications", SIAM Review 51(3), 2009.
     """
-    tensor = working(tensor)[None]
-    starts = None if start is None else [working(f)[None] for f in start]
-    fits = _als_together(key[None], tensor, rank, sweeps, tolerance, ridge, starts)
-    return jax.tree.map(lambda leaf: leaf[0], fits)
+    begun = None if start is None else [working(f) for f in start]
+    # not a batch of one: LAPACK's triangular solves compile faster than batched ones
+    return _als(lambda fn: fn, key, working(tensor), rank, sweeps, tolerance, ridge, begun)
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "sweeps", "tolerance", "ridge"))
@@ -193,10 +192,11 @@ def cp_als_together(
     """
     tensors = working(tensors)
     begun = None if starts is None else [working(f) for f in starts]
-    return _als_together(keys, tensors, rank, sweeps, tolerance, ridge, begun)
+    return _als(jax.vmap, keys, tensors, rank, sweeps, tolerance, ridge, begun)
 
 
-def _als_together(
+def _als(
+    each: Callable[..., Any],
     keys: Array,
     tensors: Array,
     rank: int,
@@ -205,12 +205,14 @@ def _als_together(
     ridge: float,
     starts: Factors | None,
 ) -> tuple[Factors, CPInfo]:
-    shape, dtype = tensors.shape[1:], tensors.dtype
+    """`cp_als`; ``each`` makes a function of one tensor one of all that there are."""
+    batch = jax.eval_shape(each(jnp.sum), tensors).ndim
+    shape, dtype = tensors.shape[batch:], tensors.dtype
     check_rank(rank, maximum_rank(shape), "cp_als")
     factors = starts
     if factors is None:
-        factors = jax.vmap(lambda k: random_factors(k, shape, rank, dtype))(keys)
-    squared = jax.vmap(lambda t: jnp.sum(t**2))(tensors)
+        factors = each(lambda k: random_factors(k, shape, rank, dtype))(keys)
+    squared = each(lambda t: jnp.sum(t**2))(tensors)
     # float32 can't factor a Gram matrix that is singular to its own rounding
     eps = float(jnp.finfo(dtype).eps)
     floor = max(ridge, 10 * eps)
@@ -218,8 +220,8 @@ def _als_together(
     last = len(shape) - 1
     # two large products a sweep serve all modes: the tensor times the last factor for every mode
     # but the last, and times the last but one for the last; their unfoldings are laid out once
-    by_last = tensors.reshape(len(tensors), -1, shape[last])
-    by_other = jnp.swapaxes(tensors, -1, -2).reshape(len(tensors), -1, shape[last - 1])
+    by_last = each(lambda t: t.reshape(-1, shape[last]))(tensors)
+    by_other = each(lambda t: jnp.swapaxes(t, -1, -2).reshape(-1, shape[last - 1]))(tensors)
 
     def exact(tensor: Array, factors: Factors) -> Array:
         return jnp.sum((tensor - compose_cp(factors)) ** 2)
@@ -227,13 +229,13 @@ def _als_together(
     def step(carry):
         factors, grams, error, _, count = carry
         sweep = functools.partial(_sweep, shape=shape, floor=floor)
-        factors, grams, explained = jax.vmap(sweep)(by_last, by_other, factors, grams)
+        factors, grams, explained = each(sweep)(by_last, by_other, factors, grams)
         # the error from the last update's pieces: no rebuilding of the tensor ...
         residual = squared - explained
         # ... unless it is so small that the difference above is all rounding
         residual = jax.lax.cond(
             jnp.any(residual < cancelled * squared),
-            lambda: jax.vmap(exact)(tensors, factors),
+            lambda: each(exact)(tensors, factors),
             lambda: residual,
         )
         new = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(squared, 1e-30))
@@ -241,12 +243,12 @@ def _als_together(
 
     infinite = jnp.full((), jnp.inf, dtype)
     grams = [jnp.matmul(f.mT, f, precision="highest") for f in factors]
-    begin = (factors, grams, jnp.full(len(tensors), jnp.inf, dtype), infinite, jnp.int32(0))
+    begin = (factors, grams, jnp.full(squared.shape, jnp.inf, dtype), infinite, jnp.int32(0))
     factors, _, _, _, count = jax.lax.while_loop(
         lambda carry: (carry[3] > tolerance) & (carry[4] < sweeps), step, begin
     )
-    factors = jax.vmap(balance)(factors)
-    return factors, jax.vmap(cp_info, in_axes=(0, 0, None))(tensors, factors, count)
+    factors = each(balance)(factors)
+    return factors, each(lambda t, fs: cp_info(t, fs, count))(tensors, factors)
 
 
 def _sweep(

@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from cnnjax.factorization import chain as chains
 from cnnjax.factorization.chain import Chain, ConvSpec, split_groups
-from cnnjax.factorization.cp import balance, best_of, cp_als_together
+from cnnjax.factorization.cp import balance, best_of, cp_als, cp_als_together
 from cnnjax.factorization.cp_nls import cp_nls
 from cnnjax.factorization.cp_tpm import cp_tpm
 from cnnjax.factorization.rules import Ranks, Rule, Stages
@@ -107,6 +107,8 @@ class CP(Rule):
             raise ValueError(f"solver is {self.solver!r}; expected 'als', 'nls' or 'tpm'")
         keys = jax.random.split(key, self.restarts)
         if self.solver == "als":
+            if self.restarts == 1:
+                return cp_als(keys[0], tensor, rank, sweeps=self.iterations)[0]
             tensors = jax.numpy.broadcast_to(tensor, (self.restarts, *tensor.shape))
             return best_of(cp_als_together(keys, tensors, rank, sweeps=self.iterations))[0]
         return best_of(jax.vmap(lambda k: cp_nls(k, tensor, rank, steps=self.iterations))(keys))[0]

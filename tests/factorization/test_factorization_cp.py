@@ -203,3 +203,19 @@ def test_mttkrp_is_the_unfolding_times_khatri_rao(mode):
 def test_bad_rank():
     with pytest.raises(ValueError, match="cp_als rank is 0; expected 1 to 12"):
         f.cp_als(jax.random.key(0), np.ones((3, 4, 5)), 0)
+
+
+@pytest.mark.method("cp_als")
+def test_tensors_side_by_side_are_fitted_as_alone():
+    tensors = np.random.default_rng(0).standard_normal((3, 3, 4, 5)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(1), 3)
+    factors, info = f.cp_als_together(keys, tensors, 3, sweeps=6, tolerance=-1.0)
+    assert [x.shape for x in factors] == [(3, 3, 3), (3, 4, 3), (3, 5, 3)]
+    for i, tensor in enumerate(tensors):
+        alone, fit = f.cp_als(keys[i], tensor, 3, sweeps=6, tolerance=-1.0)
+        np.testing.assert_allclose(info.relative_error[i], fit.relative_error, rtol=1e-4)
+        again = np.einsum("ar,br,cr->abc", *(np.asarray(x[i]) for x in factors))
+        expected = np.einsum("ar,br,cr->abc", *(np.asarray(x) for x in alone))
+        np.testing.assert_allclose(again, expected, atol=2e-3)
+        error = np.linalg.norm(tensor - again) / np.linalg.norm(tensor)
+        np.testing.assert_allclose(info.relative_error[i], error, rtol=1e-4)

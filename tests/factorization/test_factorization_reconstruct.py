@@ -12,6 +12,8 @@ from flax import nnx
 
 import cnnjax
 from cnnjax import factorization as f
+from cnnjax import surgery
+from cnnjax.factorization.asymmetric import SPLITS
 from cnnjax.factorization.compose import compose_chain
 
 EXAMPLE = jax.ShapeDtypeStruct((1, 10, 10, 3), jnp.float32)
@@ -125,6 +127,36 @@ def test_costs_are_as_planned(net):
     before, after = (sum(p.macs[k] for p in decided.layers) for k in (0, 1))
     assert old - new == before - after
     assert after <= 0.6 * before
+
+
+@pytest.mark.method("asymmetric_3d")
+def test_the_split_keeps_most_on_the_training_images(net):
+    rules = {"grouped": f.Asymmetric3D(), "inner": f.Asymmetric3D()}
+    found = {}
+    for split in (*SPLITS, None):
+        decided = f.pca_plan(net, rules, [smooth(0)], 0.6, example=EXAMPLE, split=split)
+        kept = 0.0
+        for entry in decided.layers:
+            if not entry.ranks:
+                continue
+            layer = surgery.module_at(net, entry.path)
+            (site,) = f.find_sites(net, [entry.path], EXAMPLE)
+            yy = np.asarray(f.response_moments(net, [site], [smooth(0)])[entry.path].yy)
+            groups = layer.feature_group_count
+            n = len(yy) // groups
+            blocks = [yy[g * n : (g + 1) * n, g * n : (g + 1) * n] for g in range(groups)]
+            values = np.mean([np.linalg.eigvalsh(b)[::-1] for b in blocks], axis=0)
+            kept += np.log(values[: entry.ranks[1]].sum() / values.sum())
+            squares = []
+            for block in np.split(np.asarray(layer.kernel[...]), groups, axis=-1):
+                kh, kw, i, o = block.shape
+                matrix = block.transpose(2, 0, 3, 1).reshape(i * kh, o * kw)
+                squares.append(np.linalg.svd(matrix, compute_uv=False) ** 2)
+            kept += np.log(np.sum(np.array(squares)[:, : entry.ranks[0]]) / np.sum(squares))
+        found[split] = ([p.ranks for p in decided.layers], kept)
+    best = max(SPLITS, key=lambda split: found[split][1])
+    assert found[None][0] == found[best][0]
+    assert len({str(found[s][0]) for s in SPLITS}) > 1
 
 
 @pytest.mark.method("response_low_rank")
