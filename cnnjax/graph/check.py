@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from flax import nnx
 
-from cnnjax.errors import did_you_mean
+from cnnjax.graph.complaints import hints, same_variables, where
 from cnnjax.graph.ledger import STAY, Event, Ledger, locate, pairs
 from cnnjax.graph.network import Graph
 from cnnjax.graph.solve import identities
@@ -59,10 +58,10 @@ def label_check(
         ledger, shapes, _ = analyse(program, tuple(inputs), original=graph)
     except GraphError as error:
         raise LabelError(
-            f"the shrunk network doesn't run: {error.__cause__ or error}{_where(error)}"
-            f"{_hints(graph)}"
+            f"the shrunk network doesn't run: {error.__cause__ or error}{where(error)}"
+            f"{hints(graph)}"
         ) from error
-    _same_variables(graph, shapes, alive)
+    same_variables(graph, shapes, alive)
     check = _Check(graph, alive, ledger)
     if check.at_once():
         try:
@@ -73,40 +72,6 @@ def label_check(
     check.assign()
     check.finish()
     return check.index
-
-
-def _where(error: BaseException) -> str:
-    """The user's line in an exception's traceback."""
-    cause = error.__cause__ or error
-    found = ""
-    for frame in traceback.extract_tb(cause.__traceback__):
-        name = frame.filename.replace("\\", "/")
-        if all(s not in name for s in ("/jax/", "/flax/", "/cnnjax/graph/", "/cnnjax/ops/")):
-            found = f" at {'/'.join(name.split('/')[-3:])}:{frame.lineno} ({frame.name})"
-    return found
-
-
-def _hints(graph: Graph) -> str:
-    """Lines where channels are cut at numbers that may be hard-coded."""
-    lines = [f"{c.reason} at {c.source}" for c in graph.constraints if c.kind == "split"]
-    if not lines:
-        return ""
-    return "; channels are cut by numbers that may not follow the width: " + ", ".join(lines[:6])
-
-
-def _same_variables(graph: Graph, shapes: dict[str, tuple[int, ...]], alive: np.ndarray) -> None:
-    for path in graph.shapes:
-        if path not in shapes:
-            raise LabelError(f"the shrunk network has no {path!r}.{did_you_mean(path, shapes)}")
-    kept = graph.layout.kept(alive).tolist()
-    at = graph.layout.index
-    for path, shape in shapes.items():
-        if path not in graph.shapes:
-            raise LabelError(f"the shrunk network has a new variable {path!r}")
-        first = at[path, 0] if len(graph.shapes[path]) else 0
-        want = tuple(kept[first : first + len(graph.shapes[path])])
-        if want != tuple(shape):
-            raise LabelError(f"{path} has shape {shape}, the kept channels ask for {want}")
 
 
 class _Check:
@@ -303,7 +268,7 @@ class _Check:
         if self.twins.mismatch():
             raise LabelError(
                 "channels that are the same by a sum or product of an array with itself in another "
-                f"order meet other partners than in the original{_hints(self.graph)}"
+                f"order meet other partners than in the original{hints(self.graph)}"
             )
 
     def relations(self) -> None:
@@ -365,4 +330,4 @@ class _Check:
             if e.policy and (cls is None or (self.ident[e.labels] == cls).any()):
                 cuts.append(f"{e.reason} at {locate(e.info)}")
         more = "; channels are cut here: " + ", ".join(dict.fromkeys(cuts)) if cuts else ""
-        raise LabelError(f"{text} at {locate(info)}{more}{'' if cuts else _hints(self.graph)}")
+        raise LabelError(f"{text} at {locate(info)}{more}{'' if cuts else hints(self.graph)}")
