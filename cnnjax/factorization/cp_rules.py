@@ -92,6 +92,31 @@ class CP(Rule):
         kernels, specs = zip(*stages)
         return Chain(tuple(kernels), tuple(specs), bias)
 
+    def side_by_side(self, shape: tuple[int, ...], spec: ConvSpec) -> bool:
+        """Alternating least squares of up to 64 channels: 1.2 to 2 times faster on a CPU; of more
+        channels one by one is."""
+        return self.solver == "als" and spec.groups == 1 and max(shape[2:]) <= 64
+
+    def chains(self, keys: Array, kernels: Array, ranks: Ranks, spec: ConvSpec) -> list[Chain]:
+        """See `Rule.chains`."""
+        count, kh, kw, i, o = kernels.shape
+        merged = self.merged
+        tensors = kernels.reshape(count, kh * kw, i, o) if merged else kernels
+        # the draws of `chain`, which first splits by groups
+        draw = jax.vmap(lambda k: jax.random.split(jax.random.split(k, 1)[0], self.restarts))
+        starts = draw(keys).reshape(-1)
+        tensors = jax.numpy.repeat(tensors, self.restarts, axis=0)
+        fits = cp_als_together(starts, tensors, ranks[0], sweeps=self.iterations)
+        grouped = jax.tree.map(lambda x: x.reshape(count, self.restarts, *x.shape[1:]), fits)
+        out = []
+        for n in range(count):
+            *spatial, fi, fo = best_of(jax.tree.map(lambda x, n=n: x[n], grouped))[0]
+            if merged:
+                out.append(chains.cp3_chain((spatial[0], fi, fo), (kh, kw), spec))
+            else:
+                out.append(chains.cp4_chain((*spatial, fi, fo), spec))
+        return out
+
     def retained(self, key: Array, blocks: Any, ranks: Ranks) -> float:
         """See `Rule.retained`; a short fit, the same for all groups."""
         g, kh, kw, i, o = blocks.shape

@@ -110,6 +110,14 @@ class Rule:
         """The chain of a whole (grouped) kernel."""
         raise NotImplementedError
 
+    def side_by_side(self, shape: tuple[int, ...], spec: ConvSpec) -> bool:
+        """Whether layers of this shape are fitted faster together, by `chains`."""
+        return False
+
+    def chains(self, keys: Array, kernels: Array, ranks: Ranks, spec: ConvSpec) -> list[Chain]:
+        """The chains of several kernels of one shape, without biases."""
+        raise NotImplementedError
+
     def module(self, layer: Any, ranks: Ranks, key: Array) -> Any:
         """The replacement of a layer where it is not a chain of convolutions; None: it is."""
         return None

@@ -218,3 +218,31 @@ def test_bad_input(net):
     broken.stem.kernel[...] = broken.stem.kernel[...].at[0, 0, 0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match="kernel of stem of shape .* holds 1 non-finite"):
         f.plan(broken, {"stem": f.Basis(2)}, EXAMPLE)
+
+
+class Twins(nnx.Module):
+    """Three convolutions of one shape."""
+
+    def __init__(self, rngs):
+        self.convs = nnx.List([nnx.Conv(8, 8, (3, 3), rngs=rngs) for _ in range(3)])
+
+    def __call__(self, x):
+        for conv in self.convs:
+            x = conv(x)
+        return x
+
+
+@pytest.mark.method("cp4_conv")
+@pytest.mark.parametrize("separable", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_layers_of_one_shape_are_fitted_side_by_side(separable, monkeypatch):
+    net = Twins(nnx.Rngs(0))
+    for k, conv in enumerate(net.convs):
+        conv.bias[...] = jnp.full(8, float(k))
+    rule = f.CP(6, separable=separable, iterations=8, restarts=2)
+    together = f.factorize(net, rule)
+    monkeypatch.setattr(f.CP, "side_by_side", lambda *_: False)
+    alone = f.factorize(net, rule)
+    x = np.random.default_rng(0).normal(size=(1, 6, 6, 8)).astype(np.float32)
+    for a, b in zip(together.convs, alone.convs):
+        assert [m.kernel.shape for m in a.layers] == [m.kernel.shape for m in b.layers]
+        np.testing.assert_allclose(a(x), b(x), atol=2e-2)

@@ -134,7 +134,9 @@ def test_layerwise_order_log_and_equality_with_one_shot(net):
     assert log == [(0, "convs/0"), (1, "convs/1"), (2, "convs/2")]
     assert [p.path for p in steps] == [path for _, path in log]
     one_shot = f.factorize(net, rules, EXAMPLE)
-    np.testing.assert_array_equal(run(small, images(0)), run(one_shot, images(0)))
+    # layers of one shape are fitted side by side in one shot, which rounds differently
+    expected = run(one_shot, images(0))
+    np.testing.assert_allclose(run(small, images(0)), expected, atol=1e-5 * np.abs(expected).max())
     log.clear()
     f.factorize_layerwise(net, rules, nothing, example=EXAMPLE, order="backward")
     assert [path for _, path in log] == ["convs/2", "convs/1", "convs/0"]
