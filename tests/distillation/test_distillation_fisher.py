@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
+from scipy.stats import spearmanr
 
 from cnnjax import data, graph, pipeline, pruning, training
 from cnnjax.distillation import DistillConfig
@@ -235,3 +237,61 @@ def test_the_stage_prunes_while_it_distils(tmp_path):
         FisherDistill(macs=1.5)
     with pytest.raises(ValueError, match="whose widths change"):
         FisherDistill(loss=DistillConfig(hint_weight=1.0, hints=(("a", "b"),)))
+
+
+@pytest.mark.slow
+@pytest.mark.method("fisher_importance")
+def test_scores_rank_the_maps_of_a_trained_network_as_their_removal_does(tmp_path):
+    """8 + 16 maps on digits: Spearman with the true loss of removing each; converges with N."""
+    images, labels = data.arrays("digits", "train", tmp_path)
+    x = jnp.asarray(np.asarray(images, np.float32) / 255)
+    y = jnp.asarray(labels, jnp.int32)
+
+    class Maps(nnx.Module):
+        def __init__(self, rngs):
+            self.conv1 = nnx.Conv(1, 8, (3, 3), rngs=rngs)
+            self.conv2 = nnx.Conv(8, 16, (3, 3), strides=2, rngs=rngs)
+            self.head = nnx.Linear(256, 10, rngs=rngs)
+
+        def __call__(self, x, first=1.0, second=1.0):
+            x = nnx.relu(self.conv1(x)) * first
+            x = nnx.relu(self.conv2(x)) * second
+            return self.head(x.reshape(len(x), -1))
+
+    model = Maps(nnx.Rngs(0))
+    found = graph.trace(model, jax.ShapeDtypeStruct((1, 8, 8, 1), jnp.float32))
+    tx = optax.adam(3e-3)
+    network, state = training.create_state(model, tx)
+    step = training.make_train_step(network, tx)
+    rng = np.random.default_rng(0)
+    for _ in range(1000):  # to the end: theory is of a minimum
+        rows = rng.integers(0, len(x), 64)
+        state, _ = step(state, {"image": x[rows], "label": y[rows]})
+
+    def cross(logits, y):
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], -1).mean()
+
+    @jax.jit
+    def masked(first, second):
+        return cross(network.model(state.params, state.stats)(x, first, second), y)
+
+    def each(params, example):
+        logits = network.model(params, state.stats)(example["x"][None])
+        return cross(logits, example["y"][None])
+
+    def scores(n):
+        batches = [{"x": x[i : i + 64], "y": y[i : i + 64]} for i in range(0, n, 64)]
+        return pruning.map_fisher(state.params, found, each, batches)
+
+    ones = np.ones(8, np.float32), np.ones(16, np.float32)
+    whole, true, atoms = float(masked(*ones)), [], []
+    for layer, width in ((0, 8), (1, 16)):
+        for k in range(width):
+            cut = [m.copy() for m in ones]
+            cut[layer][k] = 0
+            true.append(float(masked(*cut)) - whole)
+            atoms.append(found.axis(f"conv{layer + 1}/kernel").labels[k])
+    full = scores(1280)[atoms]
+    assert spearmanr(full, true).statistic > 0.7
+    errors = [np.linalg.norm(scores(n)[atoms] - full) / np.linalg.norm(full) for n in (64, 640)]
+    assert errors[1] < 0.6 * errors[0]
