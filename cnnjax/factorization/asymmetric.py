@@ -141,14 +141,14 @@ def pca_plan(
     ]
     values = [spectra(moments[s.path], g.spec.groups) for s, (_, g, _) in zip(sites, layers)]
     three = any(isinstance(rule, Asymmetric3D) for rule, _, _ in layers)
-    tried = []
+    tried, refused = [], None
     for share in SPLITS if split is None and three else (0.5 if split is None else split,):
         try:
             tried.append(_ranks_at(layers, values, macs, share))
         except ValueError as error:  # a split may leave no room for the channels
             refused = error
-    if not tried:
-        raise refused  # pyright: ignore[reportPossiblyUnboundVariable]
+    if refused is not None and not tried:
+        raise refused
     _, spatial, chosen = max(tried, key=lambda one: one[0])
     ranked: dict[str, Rule | None] = {}
     for site, ranks, rank in zip(sites, spatial, chosen):

@@ -123,7 +123,7 @@ class SeparableTransform(Rule):
 
     def stages(self, shape: tuple[int, ...], ranks: Ranks, spec: ConvSpec) -> Stages:
         """See `Rule.stages`."""
-        return _shared_stages(shape, *ranks, spec)
+        return _shared_stages(shape, ranks[0], ranks[1], spec)
 
     def chain(
         self, key: Array, kernel: Array, ranks: Ranks, spec: ConvSpec, bias: Array | None

@@ -173,8 +173,8 @@ class Predicted(Rule):
             rest = w[j] - u @ (values[-1] if known else w[j][rows])
             lost += float(np.sum(rest * (metric @ rest)))
             whole += float(np.sum(w[j] * (metric @ w[j])))
-        arrays = (jnp.asarray(np.stack(x), jnp.float32) for x in (dictionaries, values))
-        return *arrays, float(np.sqrt(max(lost, 0.0) / max(whole, 1e-30)))
+        u, v = (jnp.asarray(np.stack(x), jnp.float32) for x in (dictionaries, values))
+        return u, v, float(np.sqrt(max(lost, 0.0) / max(whole, 1e-30)))
 
     def _similarity(self, n: int, grid: tuple[int, int] | None) -> np.ndarray:
         if self.kernel == "covariance" and grid is None:
@@ -189,7 +189,7 @@ class Predicted(Rule):
         h, w = grid or self.grid or (side, side)
         if n % (h * w):
             raise ValueError(f"{n} rows are no {h} x {w} grid; give grid=(h, w)")
-        places = np.stack(np.mgrid[:h, :w], -1).reshape(-1, 2).astype(np.float64)
+        places = np.stack(list(np.mgrid[:h, :w]), -1).reshape(-1, 2).astype(np.float64)
         alike = np.asarray(squared_exponential(places, places, self.scale), np.float64)
         return np.kron(alike, np.eye(n // (h * w)))
 
@@ -200,8 +200,9 @@ def _pick(similarity: np.ndarray, count: int, rng: np.random.Generator | None) -
     taken = np.zeros(len(left), bool)
     factor = np.zeros((len(left), count))
     for k in range(count):
-        drawn = k == 0 and rng is not None
-        row = int(rng.integers(len(left))) if drawn else int(np.argmax(np.where(taken, -1, left)))
+        row = int(np.argmax(np.where(taken, -1, left)))
+        if k == 0 and rng is not None:
+            row = int(rng.integers(len(left)))
         column = similarity[:, row] - factor[:, :k] @ factor[row, :k]
         factor[:, k] = column / np.sqrt(max(float(left[row]), 1e-12))
         left = np.maximum(left - factor[:, k] ** 2, 0.0)
