@@ -216,9 +216,9 @@ class Method:
 
 def main(
     doc: str | None, make: Callable[..., Run], methods: Mapping[str, Method], out: pathlib.Path,
-    note: str,
+    note: str, short: bool = False,
 ) -> None:  # fmt: skip
-    """Runs methods over seeds; finished ones are kept."""
+    """Runs methods over seeds; finished ones are kept. ``short``: recipes shorter than a paper's."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("methods", nargs="+", choices=["all", *methods])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -253,17 +253,18 @@ def main(
             found = {"method": name, "seed": seed, "dense_error": run.dense_error}
             found |= methods[name].work(run)
             print(json.dumps({**found, "cpu_seconds": time.process_time() - began}), flush=True)
-            write(args.out, found, args.scale, methods, note)
+            write(args.out, found, args.scale, methods, note, short)
 
 
 def _runs(path: pathlib.Path, scale: float) -> list[Found]:
     old = json.loads(path.read_text()) if path.exists() else {}
-    return old.get("runs", []) if old.get("reduced") == (scale != 1.0) else []
+    return old.get("runs", []) if old.get("scale") == scale else []
 
 
 def write(
-    path: pathlib.Path, found: Found, scale: float, methods: Mapping[str, Method], note: str
-) -> None:
+    path: pathlib.Path, found: Found, scale: float, methods: Mapping[str, Method], note: str,
+    short: bool = False,
+) -> None:  # fmt: skip
     """Merges one run into the result file, atomically."""
     order = list(methods)
     runs = [r for r in _runs(path, scale) if r["method"] in methods]
@@ -284,7 +285,8 @@ def write(
         "name": path.stem,
         "note": note,
         "seeds": sorted({r["seed"] for r in runs}),
-        "reduced": scale != 1.0,
+        "scale": scale,
+        "reduced": short or scale != 1.0,
         "header": ["method", "dense", "error", "published", "left", "published left", "seeds"],
         "rows": rows,
         "runs": runs,

@@ -145,4 +145,4 @@ NOTE = (
 )
 
 if __name__ == "__main__":
-    main(__doc__, make, METHODS, RESULTS, NOTE)
+    main(__doc__, make, METHODS, RESULTS, NOTE, short=True)
