@@ -218,7 +218,7 @@ def main(
     doc: str | None, make: Callable[..., Run], methods: Mapping[str, Method], out: pathlib.Path,
     note: str, short: bool = False,
 ) -> None:  # fmt: skip
-    """Runs methods over seeds; finished ones are kept. ``short``: recipes shorter than a paper's."""
+    """Runs methods over seeds; finished ones are kept; ``short``: shorter than published."""
     parser = argparse.ArgumentParser(description=(doc or "").split("\n")[0])
     parser.add_argument("methods", nargs="+", choices=["all", *methods])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
