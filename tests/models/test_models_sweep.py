@@ -104,7 +104,8 @@ def test_folded_halved_and_saved(name, size, fields, tmp_path):
     if norms:
         outputs["folded"] = models.fold_batchnorm(model, example, tolerance=1e-5)
         left = [m for _, m in nnx.iter_modules(outputs["folded"]) if isinstance(m, nnx.BatchNorm)]
-        assert len(left) < len(norms)
+        # a plain dense layer norms a concatenation first: no convolution has a norm of its own
+        assert (len(left) < len(norms)) == (name != "densenet_40_12")
     read = graph.trace(model, example)
     scores = pruning.importance.l1(nnx.to_pure_dict(nnx.state(model, nnx.Param)))
     keep = pruning.select_channels(read, scores, ratio=0.5)
