@@ -12,6 +12,17 @@ What `scripts/update_results.py` found in ``configs/results/mnist_distill.json``
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# teacher: error 2.17 (1.95-2.35) %, 809.0k non-zeros, 1.00x
+# keep: error 2.17 (1.95-2.35) %, 809.0k non-zeros, 1.00x
+# alone: error 8.81 (7.87-9.66) %, 25.61k non-zeros, 1.00x
+# kd: error 5.33 (5.05-5.60) %, 25.61k non-zeros, 1.00x
+# hint_kd: error 5.97 (5.36-7.02) %, 25.61k non-zeros, 1.00x
+# attention: error 8.52 (7.79-9.11) %, 25.61k non-zeros, 1.00x
+# fsp: error 9.74 (8.44-10.41) %, 25.61k non-zeros, 1.00x
+# dkd: error 5.11 (4.79-5.32) %, 25.61k non-zeros, 1.00x
+# recall: error 2.17 (1.95-2.35) %, 809.0k non-zeros, 1.00x
+# fisher_kd: error 4.15 (3.79-4.38) %, 52.71k non-zeros, 1.00x
 # [/measured]
 
 from __future__ import annotations
