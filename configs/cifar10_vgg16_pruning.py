@@ -21,7 +21,23 @@ What `scripts/update_results.py` found in ``configs/results/cifar10_vgg16_prunin
 """
 
 # [measured]
-# not run yet
+# reduced run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 36.65 %, 939.9k non-zeros, 1.00x
+# methods: error 36.65 %, 939.9k non-zeros, 1.00x
+# dense: 100.0 % of the MACs, error 36.65 % before fine-tuning, 36.15 % after
+# l1: 65.5 % of the MACs, error 89.80 % before fine-tuning, 38.40 % after
+# lasso: 65.5 % of the MACs, error 83.75 % before fine-tuning, 36.15 % after
+# lasso_refit: 65.5 % of the MACs, error 39.55 % before fine-tuning, 36.65 % after
+# thinet_refit: 65.5 % of the MACs, error 37.95 % before fine-tuning, 37.30 % after
+# fisher: 65.5 % of the MACs, error 85.80 % before fine-tuning, 36.65 % after
+# bn_scale: 65.5 % of the MACs, error 87.85 % before fine-tuning, 38.20 % after
+# apoz: 65.5 % of the MACs, error 90.25 % before fine-tuning, 38.35 % after
+# hrank: 65.5 % of the MACs, error 90.30 % before fine-tuning, 38.30 % after
+# random: 65.5 % of the MACs, error 90.30 % before fine-tuning, 39.10 % after
+# random_refit: 65.5 % of the MACs, error 40.45 % before fine-tuning, 39.45 % after
+# slimming: 65.6 % of the MACs, error 83.35 % before fine-tuning, 40.20 % after
+# fisher_cost: 65.0 % of the MACs, error 75.15 % before fine-tuning, 37.55 % after
+# scratch: 65.5 % of the MACs, error 88.75 % before fine-tuning, 65.80 % after
 # [/measured]
 
 from __future__ import annotations
