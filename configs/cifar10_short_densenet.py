@@ -10,6 +10,10 @@ to 0 along a cosine, and 2,000 test images. The floor: 40 % of the test images r
 ``configs/results/cifar10_short_densenet.json``:
 """
 
+# [measured]
+# not run yet
+# [/measured]
+
 from __future__ import annotations
 
 from typing import Any
