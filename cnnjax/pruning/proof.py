@@ -106,7 +106,9 @@ def _compiled(
     with jax.default_matmul_precision("highest"):
         traced = jax.jit(program).trace(dict(leaves), args)
         lowered = traced.lower()
-        quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+        quick: Any = None
+        if jax.default_backend() == "cpu":
+            quick = {"xla_backend_optimization_level": 0}
         compiled = lowered.compile(compiler_options=quick)
 
     def run(values: Mapping[str, Any]) -> list[np.ndarray]:
