@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -26,19 +25,11 @@ def get_config() -> Any:
         schedule=ScheduleConfig("step", base=0.02, boundaries=(200, 300, 350, 375)),
         eval_every=10.0,
     )
-    return pipeline.config_dict(
+    return recipes.cifar(
         "cifar10_fractalnet",
-        model=pipeline.ModelSpec("fractalnet_cifar"),
-        data=pipeline.DataConfig(
-            "cifar10",
-            batch_size=100,
-            augment=Augment(
-                pad=4,
-                flip=True,
-                mean=(0.4914, 0.4822, 0.4465),
-                std=(0.2470, 0.2435, 0.2616),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.046, "source": "Larsson et al. 2017"}},
+        "fractalnet_cifar",
+        recipe,
+        batch_size=100,
+        error=0.046,
+        source="Larsson et al. 2017",
     )

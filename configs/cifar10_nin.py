@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -26,19 +25,11 @@ def get_config() -> Any:
         schedule=ScheduleConfig("step", base=0.1, unit="steps", boundaries=(100_000,)),
         eval_every=10.0,
     )
-    return pipeline.config_dict(
+    return recipes.cifar(
         "cifar10_nin",
-        model=pipeline.ModelSpec("nin_cifar"),
-        data=pipeline.DataConfig(
-            "cifar10",
-            batch_size=128,
-            augment=Augment(
-                pad=4,
-                flip=True,
-                mean=(0.4914, 0.4822, 0.4465),
-                std=(0.2470, 0.2435, 0.2616),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.0881, "source": "Lin et al. 2014"}},
+        "nin_cifar",
+        recipe,
+        batch_size=128,
+        error=0.0881,
+        source="Lin et al. 2014",
     )

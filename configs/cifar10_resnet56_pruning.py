@@ -43,8 +43,8 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Branches, Pretrained, Select
+from cnnjax.pipeline import recipes
+from cnnjax.pipeline.stages import Branches, Select
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 SHARES, WHOLE = (0.6, 0.3, 0.1), (16, 18, 20, 34, 38, 54)
@@ -80,21 +80,8 @@ def get_config() -> Any:
         schedule=ScheduleConfig("cosine", base=0.01),
         checkpoint_every=5.0,
     )
-    network = pipeline.ModelSpec("resnet56_cifar", {"num_classes": 10})
-    return pipeline.config_dict(
+    return recipes.published_cifar(
         "cifar10_resnet56_pruning",
-        model=network,
-        data=pipeline.DataConfig(
-            "cifar10_jpeg",
-            batch_size=128,
-            eval_batch_size=1000,
-            augment=Augment(
-                pad=4, flip=True, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
-            ),
-        ),
-        stages={
-            "published": Pretrained("", network),
-            "methods": Branches(branches, recipe),
-        },
-        seeds=(0,),
+        "resnet56_cifar",
+        {"methods": Branches(branches, recipe)},
     )

@@ -14,8 +14,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -27,22 +26,11 @@ def get_config() -> Any:
         schedule=ScheduleConfig("polynomial", base=0.01, power=0.5),
         eval_every=1.0,
     )
-    return pipeline.config_dict(
+    return recipes.imagenet(
         "imagenet_googlenet",
-        model=pipeline.ModelSpec("googlenet_caffe"),
-        data=pipeline.DataConfig(
-            "imagenet2012",
-            test="validation",
-            batch_size=32,
-            augment=Augment(
-                size=224,
-                resize=256,
-                random_resized_crop=(0.08, 1.0),
-                flip=True,
-                mean=(0.485, 0.456, 0.406),
-                std=(0.229, 0.224, 0.225),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.313, "source": "BVLC Caffe"}},
+        "googlenet_caffe",
+        recipe,
+        batch_size=32,
+        error=0.313,
+        source="BVLC Caffe",
     )

@@ -15,8 +15,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -33,25 +32,15 @@ def get_config() -> Any:
         compute_dtype="bfloat16",
         eval_every=1.0,
     )
-    return pipeline.config_dict(
+    return recipes.imagenet(
         "imagenet_inception_v3",
-        model=pipeline.ModelSpec("inception_v3"),
-        data=pipeline.DataConfig(
-            "imagenet2012",
-            test="validation",
-            batch_size=1600,
-            augment=Augment(
-                size=299,
-                resize=342,
-                random_resized_crop=(0.05, 1.0),
-                flip=True,
-                brightness=0.125,
-                saturation=0.5,
-                # pixels to [-1, 1]
-                mean=(0.5, 0.5, 0.5),
-                std=(0.5, 0.5, 0.5),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.212, "source": "Szegedy et al. 2016, as recalled"}},
+        "inception_v3",
+        recipe,
+        batch_size=1600,
+        error=0.212,
+        source="Szegedy et al. 2016, as recalled",
+        size=299,
+        statistics="tf",
+        crop=(0.05, 1.0),
+        augment={"brightness": 0.125, "saturation": 0.5},
     )

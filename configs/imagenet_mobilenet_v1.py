@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -35,23 +34,13 @@ def get_config() -> Any:
         compute_dtype="bfloat16",
         eval_every=1.0,
     )
-    return pipeline.config_dict(
+    return recipes.imagenet(
         "imagenet_mobilenet_v1",
-        model=pipeline.ModelSpec("mobilenet_v1"),
-        data=pipeline.DataConfig(
-            "imagenet2012",
-            test="validation",
-            batch_size=1536,
-            augment=Augment(
-                size=224,
-                resize=256,
-                random_resized_crop=(0.3, 1.0),
-                flip=True,
-                # pixels to [-1, 1]
-                mean=(0.5, 0.5, 0.5),
-                std=(0.5, 0.5, 0.5),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.294, "source": "Howard et al. 2017"}},
+        "mobilenet_v1",
+        recipe,
+        batch_size=1536,
+        error=0.294,
+        source="Howard et al. 2017",
+        statistics="tf",
+        crop=(0.3, 1.0),
     )

@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -28,25 +27,14 @@ def get_config() -> Any:
         compute_dtype="bfloat16",
         eval_every=1.0,
     )
-    return pipeline.config_dict(
+    return recipes.imagenet(
         "imagenet_mobilenet_v2",
-        model=pipeline.ModelSpec("mobilenet_v2"),
-        data=pipeline.DataConfig(
-            "imagenet2012",
-            test="validation",
-            batch_size=1536,
-            augment=Augment(
-                size=224,
-                resize=256,
-                random_resized_crop=(0.05, 1.0),
-                flip=True,
-                brightness=0.125,
-                saturation=0.5,
-                # pixels to [-1, 1]
-                mean=(0.5, 0.5, 0.5),
-                std=(0.5, 0.5, 0.5),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.28, "source": "Sandler et al. 2018"}},
+        "mobilenet_v2",
+        recipe,
+        batch_size=1536,
+        error=0.28,
+        source="Sandler et al. 2018",
+        statistics="tf",
+        crop=(0.05, 1.0),
+        augment={"brightness": 0.125, "saturation": 0.5},
     )

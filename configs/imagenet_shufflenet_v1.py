@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -27,22 +26,12 @@ def get_config() -> Any:
         compute_dtype="bfloat16",
         eval_every=1.0,
     )
-    return pipeline.config_dict(
+    return recipes.imagenet(
         "imagenet_shufflenet_v1",
-        model=pipeline.ModelSpec("shufflenet_v1_g3"),
-        data=pipeline.DataConfig(
-            "imagenet2012",
-            test="validation",
-            batch_size=1024,
-            augment=Augment(
-                size=224,
-                resize=256,
-                random_resized_crop=(0.25, 1.0),
-                flip=True,
-                mean=(0.485, 0.456, 0.406),
-                std=(0.229, 0.224, 0.225),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.326, "source": "Zhang et al. 2018, as recalled"}},
+        "shufflenet_v1_g3",
+        recipe,
+        batch_size=1024,
+        error=0.326,
+        source="Zhang et al. 2018, as recalled",
+        crop=(0.25, 1.0),
     )

@@ -13,8 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 from cnnjax import pipeline
-from cnnjax.data import Augment
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline import recipes
 from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 
@@ -28,25 +27,15 @@ def get_config() -> Any:
         compute_dtype="bfloat16",
         eval_every=1.0,
     )
-    return pipeline.config_dict(
+    return recipes.imagenet(
         "imagenet_xception",
-        model=pipeline.ModelSpec("xception"),
-        data=pipeline.DataConfig(
-            "imagenet2012",
-            test="validation",
-            batch_size=1920,
-            augment=Augment(
-                size=299,
-                resize=342,
-                random_resized_crop=(0.05, 1.0),
-                flip=True,
-                brightness=0.125,
-                saturation=0.5,
-                # pixels to [-1, 1]
-                mean=(0.5, 0.5, 0.5),
-                std=(0.5, 0.5, 0.5),
-            ),
-        ),
-        stages={"train": Train(recipe)},
-        expected={"train": {"error": 0.21, "source": "Chollet 2017"}},
+        "xception",
+        recipe,
+        batch_size=1920,
+        error=0.21,
+        source="Chollet 2017",
+        size=299,
+        statistics="tf",
+        crop=(0.05, 1.0),
+        augment={"brightness": 0.125, "saturation": 0.5},
     )

@@ -13,7 +13,7 @@ from cnnjax.data import Augment
 from cnnjax.errors import did_you_mean
 from cnnjax.pipeline.config import DataConfig, ModelSpec, config_dict
 from cnnjax.pipeline.context import Recipe
-from cnnjax.pipeline.stages import Train
+from cnnjax.pipeline.stages import Pretrained, Train
 
 # per channel, of pixels in 0..1
 STATISTICS = {
@@ -91,6 +91,36 @@ def cifar(
         stages={"train": Train(recipe)},
         seeds=seeds,
         expected=_expected(error, source, more),
+    )
+
+
+def published_cifar(
+    name: str, model: str, stages: Mapping[str, Any], *, seeds: Sequence[int] = (0,)
+) -> Any:
+    """The config that compresses a network with published weights on the JPEG copy of CIFAR-10.
+
+    Stage ``published`` comes first: ``--config.stages.published.weights=FILE`` names the weights,
+    which were trained with ImageNet's pixel statistics.
+
+    Args:
+      name: of the run.
+      model: name of the registry; ten classes.
+      stages: what is done to it.
+      seeds: of the runs.
+    """
+    mean, std = _statistics("torch")
+    network = ModelSpec(model, {"num_classes": 10})
+    return config_dict(
+        name,
+        model=network,
+        data=DataConfig(
+            "cifar10_jpeg",
+            batch_size=128,
+            eval_batch_size=1000,
+            augment=Augment(pad=4, flip=True, mean=mean, std=std),
+        ),
+        stages={"published": Pretrained("", network), **stages},
+        seeds=seeds,
     )
 
 
