@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,11 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnnjax import surgery
+from cnnjax import graph, surgery
 from cnnjax.factorization.modules import factor_module
 from cnnjax.factorization.network import factorize
 from cnnjax.factorization.survey import LayerPlan, Plan, input_sizes
-from cnnjax.graph.timing import prepare
 
 Timer = Callable[[nnx.Module, nnx.Module, Any], tuple[float, float]]
 
@@ -34,19 +32,10 @@ def time_pair(
       seconds: stop after this long (at least 3 calls of each).
     """
     args = x if isinstance(x, tuple) else (x,)
-    runs = [prepare(m, *args)[0] for m in (before, after)]
-    for run in runs:
-        run()
-    taken: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + seconds
-    for count in range(rounds):
-        for run, times in zip(runs, taken):
-            start = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - start)
-        if count >= 2 and time.perf_counter() > end:
-            break
-    return float(np.median(taken[0])), float(np.median(taken[1]))
+    found = graph.latencies(
+        {"before": before, "after": after}, *args, calls=rounds, warmup=1, seconds=seconds / 2
+    )
+    return found["before"].median, found["after"].median
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ from cnnjax.graph.capture import capture
 from cnnjax.graph.check import label_check
 from cnnjax.graph.network import Graph
 from cnnjax.graph.profile import LayerCost, Profile, profile
-from cnnjax.graph.timing import Energy, Latency, energy, latency, proxy_energy
+from cnnjax.graph.timing import Energy, Latency, energy, latencies, latency, proxy_energy
 from cnnjax.graph.tracing import trace, trace_fn
 from cnnjax.graph.types import (
     FIXED,
@@ -38,6 +38,7 @@ __all__ = [
     "capture",
     "energy",
     "label_check",
+    "latencies",
     "latency",
     "profile",
     "proxy_energy",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -109,32 +109,60 @@ def latency(
     Raises:
       ValueError: if ``calls`` < 1 or ``warmup`` < 0.
     """
+    only = latencies({"": fn}, *args, calls=calls, warmup=warmup, seconds=seconds, batch=batch)
+    return only[""]
+
+
+def latencies(
+    fns: Mapping[str, nnx.Module | Callable[..., Any]],
+    *args: Any,
+    calls: int = 30,
+    warmup: int = 3,
+    seconds: float = 10.0,
+    batch: int | None = None,
+) -> dict[str, Latency]:
+    """Times several networks on the same arguments, in turns: one call of each after the other.
+
+    So a disturbance of the machine falls on all of them, and their ratios mean something.
+
+    Args:
+      fns: name -> NNX module or function of arrays.
+      *args, calls, warmup, batch: as for `latency`.
+      seconds: stop timing after this long for each (at least 3 calls of each are timed).
+
+    Raises:
+      ValueError: if ``calls`` < 1 or ``warmup`` < 0.
+    """
     if calls < 1 or warmup < 0:
         raise ValueError(f"calls must be >= 1 and warmup >= 0, got {calls} and {warmup}")
-    run, compile_seconds = prepare(fn, *args)
+    ready = {name: prepare(fn, *args) for name, fn in fns.items()}
     for _ in range(warmup):
-        run()
-    times: list[float] = []
-    end = time.perf_counter() + seconds
+        for run, _ in ready.values():
+            run()
+    times: dict[str, list[float]] = {name: [] for name in fns}
+    end = time.perf_counter() + seconds * len(ready)
     for i in range(calls):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
+        for name, (run, _) in ready.items():
+            start = time.perf_counter()
+            run()
+            times[name].append(time.perf_counter() - start)
         if i >= 2 and time.perf_counter() > end:
             break
     if batch is None:
         batch = _batch(args)
-    median = float(np.median(times))
-    return Latency(
-        median=median,
-        p90=float(np.percentile(times, 90)),
-        best=min(times),
-        compile=compile_seconds,
-        throughput=batch / median,
-        batch=batch,
-        calls=len(times),
-        device=jax.devices()[0].device_kind,
-    )
+    return {
+        name: Latency(
+            median=float(np.median(taken)),
+            p90=float(np.percentile(taken, 90)),
+            best=min(taken),
+            compile=ready[name][1],
+            throughput=batch / float(np.median(taken)),
+            batch=batch,
+            calls=len(taken),
+            device=jax.devices()[0].device_kind,
+        )
+        for name, taken in times.items()
+    }
 
 
 def _batch(args: tuple[Any, ...]) -> int:

@@ -8,7 +8,6 @@ is expected to be faster.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +17,6 @@ import numpy as np
 from flax import nnx
 
 from cnnjax import coding, graph
-from cnnjax.graph.timing import prepare
 from cnnjax.report.cost import measure
 from cnnjax.report.tables import human, text_table
 
@@ -85,8 +83,9 @@ def compare(
             )
             row["energy"] = {"joules": used.joules, "source": used.source, "note": used.note}
     for batch in batches:
-        for name, times in _in_turns(networks, images[:batch], calls).items():
-            rows[name].setdefault("latency", {})[batch] = times
+        timed = graph.latencies(networks, images[:batch], calls=calls, warmup=2)
+        for name, times in timed.items():
+            rows[name].setdefault("latency", {})[batch] = times.to_json()
     first = next(iter(rows.values()))
     for row in rows.values():
         row["macs_ratio"] = first["macs"] / max(row["macs"], 1)
@@ -124,31 +123,6 @@ def _accuracy(
     if int(classes) > 5:
         out["top5"] = float(np.mean(rank < 5))
     return out
-
-
-def _in_turns(
-    networks: Mapping[str, nnx.Module], images: np.ndarray, calls: int
-) -> dict[str, dict[str, float]]:
-    if calls < 1:
-        raise ValueError(f"calls must be >= 1, got {calls}")
-    ready = {name: prepare(model, images) for name, model in networks.items()}
-    times: dict[str, list[float]] = {name: [] for name in networks}
-    for turn in range(calls + 2):
-        for name, (run, _) in ready.items():
-            begin = time.perf_counter()
-            run()
-            if turn >= 2:
-                times[name].append(time.perf_counter() - begin)
-    return {
-        name: {
-            "median": float(np.median(taken)),
-            "p90": float(np.percentile(taken, 90)),
-            "best": min(taken),
-            "throughput": len(images) / float(np.median(taken)),
-            "compile": ready[name][1],
-        }
-        for name, taken in times.items()
-    }
 
 
 def comparison_table(rows: Mapping[str, Mapping[str, Any]]) -> str:

@@ -77,7 +77,7 @@ def test_without_labels_and_energy(networks, data):
         ({"batches": (1, 100)}, r"take \(1, 100\) images, got images of shape \(70, 6, 6, 1\)"),
         ({"labels": np.zeros(3, int)}, r"70 images but labels of shape \(3,\)"),
         ({"coded": {"wider": b""}}, r"coded holds \['wider'\]"),
-        ({"calls": 0}, "calls must be >= 1, got 0"),
+        ({"calls": 0}, "calls must be >= 1 and warmup >= 0, got 0"),
     ],
 )
 def test_bad_input(networks, data, change, message):

@@ -15,6 +15,7 @@ from cnnjax.errors import did_you_mean
 from cnnjax.pipeline.context import Context, Recipe
 from cnnjax.pipeline.registry import Carry, Outcome, stage
 from cnnjax.pipeline.stages.factorize import recalibrated
+from cnnjax.pipeline.stages.speed import measured_speed
 
 _SCORES = ("l1", "l2", "bn_scale", "random")
 _SCOPES = ("layer", "global", "isomorphic")
@@ -90,7 +91,7 @@ class Channels:
         }
         trained = context.train(training.set_mode(small, train=True), self.recipe)
         final = trained.model()
-        speed = context.recorded("speed") or self._speed(model, small, image)
+        speed = context.recorded("speed") or measured_speed(model, small, image, self.speed_batch)
         context.record("speed", speed)
         last = trained.fit.last("eval")
         metrics = {
@@ -118,19 +119,6 @@ class Channels:
             exclude=self.exclude,
             **budget,
         )
-
-    def _speed(self, model: Any, small: Any, image: np.ndarray) -> dict[str, float]:
-        """Ratio of median times, the two networks timed in turns in this run."""
-        if not self.speed_batch:
-            return {}
-        x = jnp.asarray(np.repeat(image, self.speed_batch, axis=0))
-        small = training.set_mode(small, train=False)
-        ratios = []
-        for _ in range(3):
-            before = graph.latency(model, x, calls=5, warmup=1)
-            after = graph.latency(small, x, calls=5, warmup=1)
-            ratios.append(before.median / after.median)
-        return {"speed_up": float(np.median(ratios)), "speed_batch": self.speed_batch}
 
 
 def _accuracy(model: Any, context: Context) -> float:

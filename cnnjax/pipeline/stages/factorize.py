@@ -7,13 +7,13 @@ import itertools
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import optax
 
 from cnnjax import factorization, graph, training
 from cnnjax.pipeline.context import Context
 from cnnjax.pipeline.registry import Carry, Outcome, stage
+from cnnjax.pipeline.stages.speed import measured_speed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,17 +198,3 @@ def recalibrated(model: Any, context: Context, images: int) -> Any:
     finally:
         batches.close()
     return training.state_to_model(network, state.replace(stats=stats))
-
-
-def measured_speed(model: Any, small: Any, image: np.ndarray, batch: int) -> dict[str, float]:
-    """Ratio of median times, the two networks timed in turns in this run; {} for batch 0."""
-    if not batch:
-        return {}
-    x = jnp.asarray(np.repeat(image, batch, axis=0))
-    old, new = (training.set_mode(m, train=False) for m in (model, small))
-    ratios = []
-    for _ in range(3):
-        before = graph.latency(old, x, calls=5, warmup=1)
-        after = graph.latency(new, x, calls=5, warmup=1)
-        ratios.append(before.median / after.median)
-    return {"speed_up": float(np.median(ratios)), "speed_batch": batch}
