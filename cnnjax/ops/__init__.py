@@ -13,9 +13,10 @@ from cnnjax.ops.conv import (
 )
 from cnnjax.ops.geometry import ConvSpec
 from cnnjax.ops.layers import Conv
-from cnnjax.ops.primitives import recognise
+from cnnjax.ops.primitives import FORWARD_PRIMITIVES, recognise
 
 __all__ = [
+    "FORWARD_PRIMITIVES",
     "Conv",
     "ConvSpec",
     "channel_shuffle",

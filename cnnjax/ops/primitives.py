@@ -190,6 +190,8 @@ def _make(kind: str) -> Triple:
 
 
 TRIPLES = {kind: _make(kind) for kind in ("depthwise", "grouped", "pointwise", "dense")}
+# names of the convolutions themselves, e.g. for what to keep in rematerialization
+FORWARD_PRIMITIVES = tuple(triple.conv.name for triple in TRIPLES.values())
 
 
 def recognise(eqn: Any) -> ConvSpec | None:

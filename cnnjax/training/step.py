@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from cnnjax import ops
 from cnnjax.training.losses import classification_loss
 from cnnjax.training.state import Network, TrainState, cast_floats, model_stats
 
@@ -132,7 +133,7 @@ def _remat(fn: Callable[..., Any], mode: str) -> Callable[..., Any]:
         return jax.checkpoint(fn, policy=jax.checkpoint_policies.nothing_saveable)
 
     def keep(prim: Any, *_: Any, **__: Any) -> bool:
-        return prim.name in ("conv_general_dilated", "dot_general")
+        return prim.name in ("conv_general_dilated", "dot_general", *ops.FORWARD_PRIMITIVES)
 
     return jax.checkpoint(fn, policy=keep)
 

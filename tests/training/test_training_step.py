@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 from training_helpers import CLASSES, ArrayIterator, TinyConv, TinyMLP, arrays, digest
 
-from cnnjax import training
+from cnnjax import ops, training
 from cnnjax.training import Hooks, StepConfig
 
 
@@ -165,6 +165,26 @@ def test_remat_same_gradient_fewer_residuals(mode):
     again, size = grads_and_residuals(mode)
     _close(plain, again, 1e-5)
     assert size < 0.7 * plain_size
+
+
+def test_remat_of_convs_keeps_our_own_forms_too():
+    from cnnjax.training.step import _remat
+
+    kernels = [jnp.ones((3, 3, 1, 8)), jnp.ones((1, 1, 8, 8)), jnp.ones((3, 3, 8, 8))]
+    x = jnp.ones((2, 2, 2, 8))
+
+    def loss(kernels, x):
+        x = jnp.sin(ops.conv(x, kernels[0], groups=8))
+        x = jnp.sin(ops.conv(x, kernels[1]))
+        return jnp.sin(ops.conv(x, kernels[2])).sum()
+
+    def forwards(mode):
+        text = str(jax.make_jaxpr(jax.grad(_remat(loss, mode)))(kernels, x))
+        return [text.count(f"{name}[") for name in ops.FORWARD_PRIMITIVES]
+
+    depthwise, _, pointwise, dense = forwards("convs")
+    assert (depthwise, pointwise, dense) == (1, 1, 1)
+    assert forwards("full")[0] == 2  # computed again
 
 
 def test_ema_against_numpy():
