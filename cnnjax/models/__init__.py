@@ -7,9 +7,10 @@ standard input. Activations are NHWC, kernels HWIO.
 
 from __future__ import annotations
 
-from cnnjax.models.convert import load_pretrained, load_weights, read_weights
+from cnnjax.models.convert import load_weights, read_weights
 from cnnjax.models.detector import Detector, make_detector
 from cnnjax.models.fold import fold_batchnorm
+from cnnjax.models.pretrained import load_pretrained
 from cnnjax.models.registry import (
     ModelConfig,
     Provenance,
