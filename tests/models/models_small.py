@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-SMALL: list[tuple[str, int, dict[str, Any]]] = [
+Small = tuple[str, int, dict[str, Any]]
+
+CLASSICAL: list[Small] = [  # and residual, and dense
     ("lenet_300_100", 8, {"image_size": 8}),
     ("lenet_5", 32, {}),
     ("lenet_5_caffe", 16, {"image_size": 16}),
@@ -34,6 +36,8 @@ SMALL: list[tuple[str, int, dict[str, Any]]] = [
     ("densenet_40_12", 8, {"stages": (2, 1), "growth": 4, "dropout": 0.2}),
     ("ccnn_gender", 8, {"image_size": 8}),
     ("cross_lenet_5", 32, {}),
+]
+EFFICIENT: list[Small] = [
     ("nin_cifar", 8, {}),
     ("cic", 8, {}),
     ("maxout_nin", 8, {"pieces": 2}),
@@ -50,6 +54,7 @@ SMALL: list[tuple[str, int, dict[str, Any]]] = [
     ("inception_resnet_v2", 75, {"blocks": (1, 1, 1)}),
     ("xception", 71, {"middle_blocks": 1}),
 ]
+SMALL = [*CLASSICAL, *EFFICIENT]
 # a whole training pass of these compiles for more than a few seconds
 LARGE = (
     "googlenet",

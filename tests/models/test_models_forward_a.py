@@ -5,49 +5,22 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import models_a_oracle as oracle
+import models_small
 import numpy as np
 import pytest
 from flax import nnx
 
 from cnnjax import models, tree
 
-# name, image size, fields that make it small
 SMALL = [
-    ("lenet_300_100", 8, {"image_size": 8}),
-    ("lenet_5", 32, {}),
-    ("lenet_5_caffe", 16, {"image_size": 16}),
-    ("lenet_5_1998", 32, {}),
-    ("alexnet", 63, {"hidden": 8}),
-    ("alexnet_caffe", 67, {"hidden": 8, "image_size": 67}),
-    ("zfnet", 66, {"hidden": 8, "image_size": 66, "widths": (8, 8, 8)}),
-    ("vgg16", 32, {"stages": (1, 1), "widths": (4, 4), "hidden": 8}),
-    ("vgg16_bn", 32, {"stages": (1, 1), "widths": (4, 4), "hidden": 8}),
-    ("vgg16_cifar", 8, {"stages": ((4, 4), (8,), (8,)), "hidden": 8}),
-    ("highway_19", 8, {"stages": ((4, 1, 2), (8, 2, 0)), "stage_dropout": (0.2, 0.0)}),
+    *(row for row in models_small.CLASSICAL if row[0] != "plain_cnn"),
     (
         "highway_10",
         12,
         {"stages": ((4, 1, 3), (4, 1, 2)), "stage_dropout": (0.3, 0.5), "image_size": 12},
     ),
-    ("resnet18", 32, {"stages": (1, 1), "width": 4}),
-    ("resnet50", 32, {"stages": (1, 1), "width": 4}),
-    ("resnext29_8x64d", 8, {"stages": (1, 1), "width": 8, "groups": 2}),
-    ("resnet20_cifar", 8, {"blocks_per_stage": 1, "widths": (4, 8)}),
-    ("resnet1202_cifar", 8, {"blocks_per_stage": 4, "widths": (4, 8)}),
-    ("stochastic_depth_110", 8, {"blocks_per_stage": 2, "widths": (4, 8), "survival": 0.999}),
-    ("preact_resnet110", 8, {"stages": (1, 1), "widths": (4, 8), "stem_width": 4}),
-    ("preact_resnet1001", 8, {"stages": (4, 3), "widths": (8, 16), "stem_width": 4}),
     ("preact_resnet200", 32, {"stages": (1, 1), "widths": (8, 16), "stem_width": 8}),
-    ("wrn_28_10", 8, {"stages": (1, 1), "widths": (8, 16), "stem_width": 4, "dropout": 0.3}),
-    ("multi_resnet_200_k5", 8, {"stages": (1, 1), "widths": (8, 16), "branches": 2}),
-    ("ror_3_110", 8, {"blocks_per_stage": 1, "widths": (4, 8)}),
-    ("ror_3_wrn_40_4", 8, {"blocks_per_stage": 2, "widths": (4, 8), "survival": 0.999}),
-    ("rir_18_wide", 8, {"stages": (1, 1), "width": 4}),
     ("rir_18_wide_projection", 8, {"stages": (1, 1), "width": 4}),
-    ("densenet121", 32, {"stages": (2, 2), "growth": 4, "stem_width": 8}),
-    ("densenet_40_12", 8, {"stages": (2, 1), "growth": 4, "dropout": 0.2}),
-    ("ccnn_gender", 8, {"image_size": 8}),
-    ("cross_lenet_5", 32, {}),
 ]
 IDS = [row[0] for row in SMALL]
 # one of each kind of unit; the others, alike, are slow
