@@ -201,7 +201,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     good = {k: sum(row[k]["applies"] for row in rows) for k in ("wider", "deeper")}
-    counts = f"Of {len(rows)} networks {good['wider']} can be widened, {good['deeper']} deepened.\n"
+    counts = (
+        f"Examined so far: {len(rows)} of the registry's {len(models.names())} networks; "
+        f"{good['wider']} can be widened, {good['deeper']} deepened.\n"
+    )
     return TITLE.format(groups=GROUPS) + counts + "\n" + report.markdown_table(header, cells) + "\n"
 
 
