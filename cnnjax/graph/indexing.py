@@ -75,6 +75,7 @@ def _pick(ledger: Ledger, val: Value, d: int, index: np.ndarray) -> Value:
     if len(steps) == 1 and steps[0] > 0:
         return movement.slice_dim(ledger, val, d, int(index[0]), int(index[-1]) + 1, int(steps[0]))
     if c is not None and d == c.dims[-1]:  # else whole parts move, as many as there were
+        movement.fix_repeated(ledger, c)
         parts = _interleaved(index, n)
         if parts and len(c.dims) == 1:
             ledger.split(c.labels.reshape(parts, -1), "interleaved by an index array", reshape=True)

@@ -66,11 +66,29 @@ def expand_dims(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape
     return rename(vals[0], dict(enumerate(kept)), shape)
 
 
+def fix_repeated(ledger: Ledger, c: Comp) -> None:
+    """Channels that an array carries twice stay where the array is cut or put in another order.
+
+    ``concatenate([x, relu(x)])`` has every channel twice, with other numbers. As long as the order
+    stays, the first is the first; behind a roll or a slice of a narrower array the labels can't
+    tell any more which of the two a reader meets.
+    """
+    flat = c.labels.reshape(-1)
+    if (flat[1:] > flat[:-1]).all():
+        return
+    found, count = np.unique(flat, return_counts=True)
+    again = found[(count > 1) & (found != STAY)]
+    if len(again):
+        ledger.fix(again, "carried twice by an array that is cut or rearranged", policy=True)
+
+
 def rev(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
     """Reverses dims."""
     comps = []
     for c in vals[0].comps:
         flip = tuple(k for k, d in enumerate(c.dims) if d in params["dimensions"])
+        if flip:
+            fix_repeated(ledger, c)
         comps.append(Comp(c.dims, np.flip(c.labels, flip), c.zero))
     return vals[0].like(comps=tuple(comps))
 
@@ -181,6 +199,7 @@ def _reshape_comp(
             order = [k for k, e in enumerate(new.dims) if e not in cut]
             order += [k for k, e in enumerate(new.dims) if e in cut]
             rows = new.labels.transpose(order).reshape(-1, new.labels.shape[order[-1]])
+            fix_repeated(ledger, c)
             ledger.split(rows, f"split into {tuple(shape[e] for e in cut)}", reshape=True)
     return new
 
@@ -202,6 +221,7 @@ def slice_dim(ledger: Ledger, val: Value, d: int, start: int, stop: int, stride:
     size = len(range(start, stop, stride))
     c = val.comp_on(d)
     if c is not None and size < n:
+        fix_repeated(ledger, c)
         if len(c.dims) > 1 and d == c.dims[-1]:
             # picks within the parts of a split dim: parts go whole
             tied = ledger.tie_dims(c, (d,), "sliced within a split dim")

@@ -79,3 +79,52 @@ def test_a_sum_with_another_partner_is_refused(by):
 
     with pytest.raises(g.LabelError, match="meets? other"):
         compare(rolled(by), alive_of)
+
+
+def twice(move):
+    """Every channel twice with other numbers, and then in another order."""
+
+    def program(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        both = jnp.concatenate([x, jax.nn.relu(x)], -1) * p["scale"]
+        return move(both).mean((1, 2)) @ p["a"]
+
+    return program
+
+
+def twice_params():
+    rng = np.random.default_rng(0)
+    shapes = {"conv": (3, 3, 3, 8), "scale": (16,), "a": (16, 3)}
+    return {k: rng.standard_normal(s).astype(np.float32) for k, s in shapes.items()}
+
+
+MOVES = {
+    "roll": lambda x: jnp.roll(x, 3, -1),
+    "roll by the width": lambda x: jnp.roll(x, 8, -1),
+    "flip": lambda x: x[..., ::-1],
+    "halves": lambda x: jnp.concatenate(jnp.split(x, 2, -1)[::-1], -1),
+    "shuffle": lambda x: x.reshape(2, 4, 4, 4, -1).swapaxes(3, 4).reshape(x.shape),
+    "index": lambda x: x[..., np.arange(x.shape[-1])[::-1]],
+}
+
+
+@pytest.mark.parametrize("name", MOVES)
+def test_repeated_channels_that_are_rearranged_stay(name):
+    graph = g.trace_fn(twice(MOVES[name]), twice_params(), X)
+    assert not graph.groups
+    assert any("carried twice" in str(fixed) for fixed in graph.fixed)
+
+
+@pytest.mark.parametrize("gone", [(0,), (2, 7), (1, 3, 4, 6)])
+def test_repeated_channels_in_their_order_may_go(gone):
+    tree, program = twice_params(), twice(jnp.tanh)
+    graph = g.trace_fn(program, tree, X)
+    alive = np.ones(graph.num_atoms, bool)
+    alive[list(gone)] = False
+    small = proof.shrink_tree(program, tree, graph, alive)
+    assert small["scale"].shape == (2 * (8 - len(gone)),)
+    image = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
+    run = jax.jit(program)
+    proof.assert_equal(run(small, image), run(proof.gate_tree(tree, graph, alive), image))
