@@ -112,8 +112,10 @@ def _read_floats(reader: Reader, count: int, dtype: str) -> np.ndarray:
     data = reader.raw((1 if constant else count) * stored.itemsize)
     if name == "bool" and data and max(data) > 1:
         raise FormatError("a bool that is neither 0 nor 1")
-    out = np.frombuffer(data, stored).astype(jnp.dtype(dtype))
-    if jnp.issubdtype(out.dtype, jnp.floating) and not np.isfinite(out.astype(np.float64)).all():
+    with np.errstate(invalid="ignore", over="ignore"):  # NaN and overflow are refused below
+        out = np.frombuffer(data, stored).astype(jnp.dtype(dtype))
+        wide = out.astype(np.float64) if jnp.issubdtype(out.dtype, jnp.floating) else out
+    if wide is not out and not np.isfinite(wide).all():
         raise FormatError("a stored number is not finite")
     return np.repeat(out, count) if constant else out
 
