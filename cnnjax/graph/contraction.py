@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cnnjax.graph.elementwise import coincides, meet
-from cnnjax.graph.ledger import Applied, Grouped, Ledger
+from cnnjax.graph.ledger import Applied, Event, Grouped, Ledger
 from cnnjax.graph.values import Comp, Value, common, opaque
 
 
@@ -151,6 +151,7 @@ def _groups(ledger, x, ins, kernel, inner, outs, groups, per_group, name, reason
         return
     if per_group == 1 and name not in ledger.always_grouped:
         m = outs.size // groups
+        ledger.depthwise.append(Event(ins, f"depthwise {reason}", ledger.info))
         ledger.tie(outs.reshape(groups, m), ins.reshape(groups, 1), f"depthwise {reason}")
         if inner is not None:
             ledger.fix(inner, "input axis of a depthwise kernel")

@@ -141,6 +141,7 @@ class Ledger:
         self.statistics: list[Event] = []
         self.splits: list[Split] = []
         self.grouped: list[Grouped] = []
+        self.depthwise: list[Event] = []  # inputs of depthwise convolutions
         self.layers: list[Applied] = []
         self.edges: set[tuple[int, int]] = set()  # (layer or stream, layer or stream)
         self._streams: dict[frozenset[int], frozenset[int]] = {}

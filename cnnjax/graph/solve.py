@@ -11,7 +11,7 @@ from cnnjax.graph.axes import Axes, Layout
 from cnnjax.graph.ledger import STAY, Event, Ledger, locate, pairs
 from cnnjax.graph.network import Graph
 from cnnjax.graph.outcome import constraints_of, groups_of, layers_of, products, statistics_of
-from cnnjax.graph.twins import repeats, twin_pairs
+from cnnjax.graph.twins import fix_depthwise, repeats, twin_pairs
 from cnnjax.graph.types import FIXED, Fixed, Key, Source
 
 
@@ -126,6 +126,12 @@ def solve(
 ) -> Graph:
     """The graph of a walked program."""
     ident = identities(ledger)
+    keys = tuple(ledger.starts)
+    index = {key: i for i, key in enumerate(keys)}
+    lengths = np.fromiter(ledger.lengths.values(), np.int64, len(keys))
+    starts = np.fromiter(ledger.starts.values(), np.int64, len(keys))
+    owner = np.repeat(np.arange(-1, len(keys)), np.concatenate([[1], lengths]))
+    fix_depthwise(ledger, ident, owner)
     _mode_ties(ledger, mode)
     # the input axis of a grouped kernel has a table instead of labels of its own
     table_keys: dict[Key, Any] = {}
@@ -149,11 +155,6 @@ def solve(
     free = why == len(events)
     free[classes[STAY]] = False
 
-    keys = tuple(ledger.starts)
-    index = {key: i for i, key in enumerate(keys)}
-    lengths = np.fromiter(ledger.lengths.values(), np.int64, len(keys))
-    starts = np.fromiter(ledger.starts.values(), np.int64, len(keys))
-    owner = np.repeat(np.arange(-1, len(keys)), np.concatenate([[1], lengths]))
     consumer = np.isin(starts, list(ledger.consumed))
     tabled = np.zeros(len(keys), bool)
     tabled[[index[key] for key in table_keys]] = True

@@ -40,15 +40,39 @@ def repeats(classes: np.ndarray, owner: np.ndarray) -> np.ndarray:
     return np.concatenate(out)
 
 
-def twin_pairs(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """The joined pairs (P, 2) of nodes whose class comes more than once on some axis."""
+def twice(ident: np.ndarray, owner: np.ndarray) -> np.ndarray | None:
+    """For every class whether it comes more than once on some axis; None: none does."""
     again = repeats(ident, owner)
     if not len(again):
+        return None
+    out = np.zeros(int(ident.max()) + 1, bool)
+    out[ident[again]] = True
+    return out
+
+
+def fix_depthwise(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> None:
+    """Twins that a depthwise convolution reads stay.
+
+    Its kernel's channels are bound to those that it reads, and not the same; which kernel belongs
+    to which twin after a change of their order is seen in no pair.
+    """
+    among = twice(ident, owner) if ledger.depthwise else None
+    if among is None:
+        return
+    for event in ledger.depthwise:
+        labels = event.labels[among[ident[event.labels]] & (event.labels != STAY)]
+        if len(labels):
+            ledger.info = event.info
+            ledger.fix(labels, f"the same as another channel, in {event.reason}", policy=True)
+
+
+def twin_pairs(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """The joined pairs (P, 2) of nodes whose class comes more than once on some axis."""
+    among = twice(ident, owner)
+    if among is None:
         return np.zeros((0, 2), np.int64)
-    twice = np.zeros(int(ident.max()) + 1, bool)
-    twice[ident[again]] = True
     met = joined(ledger)
-    return met[twice[ident[met[:, 0]]]]
+    return met[among[ident[met[:, 0]]]]
 
 
 class Twins:

@@ -128,3 +128,22 @@ def test_repeated_channels_in_their_order_may_go(gone):
     image = np.random.default_rng(1).standard_normal(X.shape).astype(np.float32)
     run = jax.jit(program)
     proof.assert_equal(run(small, image), run(proof.gate_tree(tree, graph, alive), image))
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_twins_that_a_depthwise_convolution_reads_stay(shift):
+    def program(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        both = jnp.tanh(x + x[..., ::-1]).mean((1, 2)) @ p["a"]
+        deep = jax.lax.conv_general_dilated(
+            jnp.roll(x, shift, -1), p["depth"], (1, 1), "SAME", feature_group_count=8,
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        return both, deep.mean((1, 2)) @ p["b"]
+
+    tree = params() | {"depth": np.ones((3, 3, 1, 8), np.float32)}
+    graph = g.trace_fn(program, tree, X)
+    assert not graph.groups
+    assert any("the same as another channel" in str(fixed) for fixed in graph.fixed)
