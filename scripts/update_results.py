@@ -65,6 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     page = flags.configs / "results" / "README.md"
     text = TITLE + report.results_table(records) + "\n"
+    if floors := report.floors_table(records):
+        text += "\nFloors stated in the configs before the runs, and whether they were beaten:\n\n"
+        text += floors + "\n"
     if cut := report.surgery_table(records):
         text += "\nStages that remove channels or blocks, with the speed measured in the run:\n\n"
         text += cut + "\n"

@@ -2,7 +2,7 @@
 
 Han, Dai, "Batch-normalized mlpconv-wise supervised pre-training network in network", Applied
 Intelligence 48(1), 2018. The architecture is ``create("mpnin")``, a NiN with batch norm; fine-tune
-the result end to end with any training loop.
+the result end to end with any training loop. In a run: the stage ``pretrain_blocks``.
 """
 
 from __future__ import annotations
@@ -45,14 +45,23 @@ class BlockStage(nnx.Module):
 
     def __call__(self, x: Any) -> Any:
         """(N, H, W, C) -> logits (N, num_classes)."""
-        for i in range(self.index):
-            x = self.model.step(i, x)
+        if self.index:
+            # whatever mode a training loop has set: shares the variables
+            frozen = nnx.view(
+                self.model, deterministic=True, use_running_average=True, raise_if_not_found=False
+            )
+            for i in range(self.index):
+                x = frozen.step(i, x)
         x = self.model.mlps[self.index](x)
         return blocks.global_avg_pool(x if self.head is None else self.head(x))
 
+    def holds(self, path: str) -> bool:
+        """Whether the array at ``path`` is of the present block or of the head."""
+        return path.startswith(("head/", f"model/mlps/{self.index}/"))
+
     def learns(self, path: tuple[Any, ...], value: Any) -> bool:
         """Whether a variable is a parameter of the present block or of the head."""
-        place = path[0] == "head" or tuple(path[:3]) == ("model", "mlps", self.index)
+        place = self.holds("/".join(map(str, path)))
         return place and getattr(value, "type", type(value)) is nnx.Param
 
 

@@ -54,6 +54,7 @@ def cifar(
     test: str = "test",
     eval_batch_size: int = 500,
     more: Mapping[str, Any] | None = None,
+    before: Mapping[str, Any] | None = None,
 ) -> Any:
     """The config of one training run on CIFAR.
 
@@ -70,7 +71,9 @@ def cifar(
       seeds: of the runs.
       train, test: splits, slices allowed.
       eval_batch_size: images per evaluation step.
-      more: further entries of the expected figures (``note``, ``floor``).
+      more: further entries of the expected figures: ``note``, or ``floor``, the share of the test
+        images that must be right, which the report compares.
+      before: stages ahead of the training.
 
     Raises:
       ValueError: no statistics of ``data``.
@@ -88,7 +91,7 @@ def cifar(
             eval_batch_size=eval_batch_size,
             augment=Augment(**options),
         ),
-        stages={"train": Train(recipe)},
+        stages={**(before or {}), "train": Train(recipe)},
         seeds=seeds,
         expected=_expected(error, source, more),
     )

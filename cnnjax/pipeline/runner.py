@@ -48,6 +48,7 @@ def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) 
     fields = model_fields(cfg.model, cfg.data, described)
     shape = models.abstract(cfg.model.name, **fields)
     _check_stages(cfg, shape)
+    report.check_floors(cfg.expected, list(cfg.stages))
     folder = training.check_workdir(workdir)
     plain = json.loads(json.dumps(to_plain(cfg)))
     main = jax.process_index() == 0
@@ -85,6 +86,9 @@ def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) 
     }
     if main:
         text = report.run_table(result)
+        same = {"name": cfg.name, "expected": plain["expected"], "stages": result["summary"]}
+        floors = [(s, report.floor_line(same, s)) for s in cfg.stages]
+        text += "".join(f"\n\n{stage}: {line}" for stage, line in floors if line)
         (folder / "report.txt").write_text(text + "\n")
         report.plot_curve(result, folder / "curve.png")
         write_json(finished, result)  # last: its presence says that the run is complete

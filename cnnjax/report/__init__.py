@@ -8,6 +8,7 @@ from __future__ import annotations
 from cnnjax.report.compare import compare, comparison_table
 from cnnjax.report.cost import effective_macs, measure, sparse_bytes
 from cnnjax.report.environment import environment
+from cnnjax.report.floors import check_floors, floor_line, floor_of, floors_table
 from cnnjax.report.plots import plot_curve
 from cnnjax.report.results import (
     FORMAT,
@@ -32,10 +33,14 @@ from cnnjax.report.transfer import transfer_table
 __all__ = [
     "FORMAT",
     "TABLE",
+    "check_floors",
     "compare",
     "comparison_table",
     "effective_macs",
     "environment",
+    "floor_line",
+    "floor_of",
+    "floors_table",
     "human",
     "markdown_table",
     "measure",

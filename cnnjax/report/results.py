@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnjax.report.floors import floor_line
 from cnnjax.report.tables import human, spread, surgery_figures
 
 FORMAT = "cnnjax run 1"
@@ -168,6 +169,8 @@ def header_lines(record: Mapping[str, Any]) -> list[str]:
         if "error" in published:
             source = published.get("source", "published")
             lines.append(f"#   published: {100 * published['error']:.2f} % ({source})")
+        if floor := floor_line(record, s["name"]):
+            lines.append(f"#   {floor}")
     for row in record.get("branches", []):
         first, last = (spread(row[key], scale=100.0) for key in ("error_first", "error"))
         lines.append(
