@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
+from cnnjax.graph.bonds import Bonds
 from cnnjax.graph.complaints import hints, same_variables, where
 from cnnjax.graph.ledger import STAY, Event, Ledger, locate, pairs
 from cnnjax.graph.network import Graph
@@ -79,6 +80,7 @@ class _Check:
         self.graph, self.alive, self.ledger = graph, alive, ledger
         self.ident = identities(ledger)
         self.twins = Twins(graph.twins, graph.starts, graph.identities, ledger)
+        self.bonds = Bonds(graph.bonds, graph.pools, ledger, self.ident)
         self.label = np.full(int(self.ident.max()) + 1, UNKNOWN, np.int64)
         self.index: dict[Key, np.ndarray] = {}
         a, b = pairs(ledger.ties, ledger.tie_to)
@@ -126,6 +128,7 @@ class _Check:
         """All that must hold once every position of the new program is an old one."""
         self.group_tables()
         self.twin_pairs()
+        self.bound()
         self.relations()
         self.literals()
 
@@ -188,6 +191,13 @@ class _Check:
     def followed(self, key: Key, cls: np.ndarray, kept: np.ndarray) -> np.ndarray:
         """Order of a new axis: that of the channels that it is bound to (depthwise), else as is."""
         same = np.arange(len(kept))
+        wanted, old = self.bonds.followers(cls, self.label, UNKNOWN), self.graph.identity[key][kept]
+        if (wanted >= 0).all():
+            a, b = np.argsort(wanted, kind="stable"), np.argsort(old, kind="stable")
+            if np.array_equal(wanted[a], old[b]):
+                order = np.empty_like(same)
+                order[a] = b
+                return order
         want = np.full(len(self.label), UNKNOWN, np.int64)
         for a, b in ((self.tie_a, self.tie_b), (self.tie_b, self.tie_a)):
             use = np.isin(a, cls) & (self.label[b] >= 0)
@@ -270,6 +280,12 @@ class _Check:
                 "channels that are the same by a sum or product of an array with itself in another "
                 f"order meet other partners than in the original{hints(self.graph)}"
             )
+
+    def bound(self) -> None:
+        """Channels that one output is made of are those of one output of the original."""
+        event = self.bonds.mismatch(self.label)
+        if event is not None:
+            self.fail_at(event.info, f"{event.reason}: joins other channels than in the original")
 
     def relations(self) -> None:
         """Ties, padding and fixed positions of the new program were there in the old one."""

@@ -151,8 +151,10 @@ def _groups(ledger, x, ins, kernel, inner, outs, groups, per_group, name, reason
         return
     if per_group == 1 and name not in ledger.always_grouped:
         m = outs.size // groups
-        ledger.depthwise.append(Event(ins, f"depthwise {reason}", ledger.info))
-        ledger.tie(outs.reshape(groups, m), ins.reshape(groups, 1), f"depthwise {reason}")
+        ins, outs = ins.reshape(groups, 1), outs.reshape(groups, m)
+        ledger.depthwise.append(Event(ins.reshape(-1), f"depthwise {reason}", ledger.info))
+        ledger.tie(outs, ins, f"depthwise {reason}")
+        ledger.bond(np.concatenate([ins, outs], axis=1), f"depthwise {reason}")
         if inner is not None:
             ledger.fix(inner, "input axis of a depthwise kernel")
         return

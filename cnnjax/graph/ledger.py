@@ -142,6 +142,8 @@ class Ledger:
         self.splits: list[Split] = []
         self.grouped: list[Grouped] = []
         self.depthwise: list[Event] = []  # inputs of depthwise convolutions
+        self.bonds: list[Event] = []  # rows of channels that one output is made of
+        self.pools: list[Event] = []  # channels that are reduced to one value
         self.layers: list[Applied] = []
         self.edges: set[tuple[int, int]] = set()  # (layer or stream, layer or stream)
         self._streams: dict[frozenset[int], frozenset[int]] = {}
@@ -219,6 +221,15 @@ class Ledger:
         self.ties.append(Event(np.ravel(a), reason, self.info))
         self.tie_to.append(np.ravel(b))
 
+    def bond(self, rows: np.ndarray, reason: str) -> None:
+        """``rows[n]``: channels that are used together, in this order.
+
+        A tie says that they are removed together; of several rows that are, a bond says which
+        channels make one.
+        """
+        if len(rows):
+            self.bonds.append(Event(rows, reason, self.info))
+
     def fix(self, labels: np.ndarray, reason: str, *, policy: bool = False) -> None:
         """These positions stay (``policy``: for we don't know, not for the program says so)."""
         self.fixes.append(Event(np.ravel(labels), reason, self.info, policy))
@@ -242,6 +253,7 @@ class Ledger:
             k = c.dims.index(d)
             first = np.take(c.labels, [0], axis=k)
             self.tie(c.labels, first, reason)
+            self.bond(np.moveaxis(c.labels, k, -1).reshape(-1, c.labels.shape[k]), reason)
             c = Comp(c.dims[:k] + c.dims[k + 1 :], first.squeeze(k), c.zero)
         return c
 

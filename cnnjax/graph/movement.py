@@ -67,19 +67,19 @@ def expand_dims(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape
 
 
 def fix_repeated(ledger: Ledger, c: Comp) -> None:
-    """Channels that an array carries twice stay where the array is cut or put in another order.
+    """An array that carries channels twice stays whole where it is cut or put in another order.
 
     ``concatenate([x, relu(x)])`` has every channel twice, with other numbers. As long as the order
-    stays, the first is the first; behind a roll or a slice of a narrower array the labels can't
-    tell any more which of the two a reader meets.
+    stays, the first is the first; behind a roll or a slice of a narrower array, whichever channel
+    it lost, the labels can't tell any more which of the two a reader meets.
     """
     flat = c.labels.reshape(-1)
     if (flat[1:] > flat[:-1]).all():
         return
     found, count = np.unique(flat, return_counts=True)
-    again = found[(count > 1) & (found != STAY)]
-    if len(again):
-        ledger.fix(again, "carried twice by an array that is cut or rearranged", policy=True)
+    if (count[found != STAY] > 1).any():
+        reason = "in an array that carries channels twice and is cut or rearranged"
+        ledger.fix(flat, reason, policy=True)
 
 
 def rev(ledger: Ledger, params: dict[str, Any], vals: list[Value], shape) -> Value:
@@ -235,6 +235,7 @@ def slice_dim(ledger: Ledger, val: Value, d: int, start: int, stop: int, stride:
                 if n % stride == 0 and stop - start > n - stride:
                     rows = c.labels.reshape(n // stride, stride)
                     ledger.tie(rows, rows[:, :1], text)
+                    ledger.bond(rows, text)
                 else:
                     ledger.fix(
                         c.labels, f"{text}: its bounds may not follow the width", policy=True

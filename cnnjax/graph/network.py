@@ -41,6 +41,8 @@ class Graph:
       table_nodes: the nodes behind ``tables``.
       starts: first node of every axis.
       twins: (P, 2) pairs of nodes that meet, of identities that come twice on some axis.
+      bonds: rows of identities of channels that one output is made of, in program order.
+      pools: identities of channels that are reduced to one value, in program order.
       literals: scalar constants of the program, in order, with their lines' equation info.
       parameters: paths of the trainable variables (running statistics and keys are not).
       notes: the dims that labels had after each reshape, for `cnnjax.graph.label_check`.
@@ -65,6 +67,8 @@ class Graph:
     twins: np.ndarray = dataclasses.field(
         default_factory=lambda: np.zeros((0, 2), np.int64), repr=False
     )
+    bonds: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
+    pools: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
     literals: tuple[tuple[float, Any], ...] = dataclasses.field(default=(), repr=False)
     parameters: frozenset[str] = dataclasses.field(default=frozenset(), repr=False)
     notes: tuple[Any, ...] = dataclasses.field(default=(), repr=False)

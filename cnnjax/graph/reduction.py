@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from cnnjax.graph.ledger import Ledger
+from cnnjax.graph.ledger import Event, Ledger
 from cnnjax.graph.values import Comp, Value, common
 
 REDUCTIONS = frozenset(
@@ -30,6 +30,7 @@ def reduction(ledger: Ledger, name: str, params: dict[str, Any], vals: list[Valu
         if len(gone) == len(c.dims):
             if not (name == "reduce_sum" and c.zero):
                 ledger.statistic(c.labels, f"{name} over channels")
+            ledger.pools.append(Event(c.labels.reshape(-1), f"{name} over channels", ledger.info))
             sums.append((math.prod(val.shape[d] for d in axes), c.labels.reshape(-1)))
             continue
         if gone:

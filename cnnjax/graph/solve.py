@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cnnjax.graph.axes import Axes, Layout
+from cnnjax.graph.bonds import identified
 from cnnjax.graph.ledger import STAY, Event, Ledger, locate, pairs
 from cnnjax.graph.network import Graph
 from cnnjax.graph.outcome import constraints_of, groups_of, layers_of, products, statistics_of
@@ -200,6 +201,8 @@ def solve(
         table_nodes={k: g.inputs for k, g in table_keys.items()},
         starts=dict(ledger.starts),
         twins=twin_pairs(ledger, ident, owner),
+        bonds=identified(ledger.bonds, ident),
+        pools=identified(ledger.pools, ident),
         literals=tuple(ledger.literals),
         parameters=ledger.parameters,
         notes=tuple(ledger.notes),

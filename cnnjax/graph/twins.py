@@ -51,7 +51,7 @@ def twice(ident: np.ndarray, owner: np.ndarray) -> np.ndarray | None:
 
 
 def fix_depthwise(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> None:
-    """Twins that a depthwise convolution reads stay.
+    """What a depthwise convolution reads stays whole where it has twins.
 
     Its kernel's channels are bound to those that it reads, and not the same; which kernel belongs
     to which twin after a change of their order is seen in no pair.
@@ -60,10 +60,10 @@ def fix_depthwise(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> None:
     if among is None:
         return
     for event in ledger.depthwise:
-        labels = event.labels[among[ident[event.labels]] & (event.labels != STAY)]
-        if len(labels):
+        if (among[ident[event.labels]] & (event.labels != STAY)).any():
             ledger.info = event.info
-            ledger.fix(labels, f"the same as another channel, in {event.reason}", policy=True)
+            reason = f"beside channels that are the same as others, in {event.reason}"
+            ledger.fix(event.labels, reason, policy=True)
 
 
 def twin_pairs(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> np.ndarray:

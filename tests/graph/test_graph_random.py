@@ -20,6 +20,7 @@ from cnnjax import graph as g
 OPS = (
     "conv", "conv", "group", "depthwise", "norm", "relu", "sigmoid", "add", "concat", "split",
     "shuffle", "gate", "flip", "pool", "maxout", "roll", "index",
+    "sum",
 )  # fmt: skip
 WIDTHS = (4, 8, 12)
 
@@ -86,6 +87,8 @@ def apply(s: Step, p: dict[str, Any], vals: list[Any]) -> Any:
         return jnp.roll(x, s.groups, -1)
     if s.op == "index":
         return x[..., np.arange(c).reshape(s.groups, -1).T.ravel()]
+    if s.op == "sum":
+        return x * jax.nn.sigmoid(x[..., : c // 2].sum(-1, keepdims=True))
     if s.op == "maxout":
         return x.reshape(n, h, w, -1, 2).max(-1)
     assert s.op == "pool"
@@ -147,7 +150,7 @@ def programs(draw: Any) -> Program:
             put(Step(op, (i,), name, groups), c)
         elif op == "maxout" and c % 2 == 0:
             put(Step(op, (i,), name), c // 2)
-        elif op in ("relu", "sigmoid", "flip", "pool"):
+        elif op in ("relu", "sigmoid", "flip", "pool") or (op == "sum" and c % 2 == 0):
             put(Step(op, (i,), name), c)
     read = {i for s in steps for i in s.inputs}
     ends = [i for i in range(len(widths)) if i not in read]
