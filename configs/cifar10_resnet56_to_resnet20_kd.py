@@ -75,7 +75,8 @@ def get_config() -> Any:
     )
     attention = DistillConfig(hard=1.0, soft="none", attention_beta=1e3, attention=ENDS)
     fsp = DistillConfig(hard=1.0, soft="none", fsp_weight=1e-2, fsp=SECTIONS)
-    dkd = DistillConfig(hard=1.0, soft="dkd", soft_weight=1.0, dkd_beta=2.0)
+    # the authors' warm-up: 20 of 240 epochs
+    dkd = DistillConfig(hard=1.0, soft="dkd", soft_weight=1.0, dkd_beta=2.0, soft_warmup=20 / 240)
     return pipeline.config_dict(
         "cifar10_resnet56_to_resnet20_kd",
         model=TEACHER,

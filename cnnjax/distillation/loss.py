@@ -37,7 +37,7 @@ def distillation_loss(
     Args:
       plan: from `plan_distillation`, or a `DistillConfig` without feature terms.
       teacher: None where every batch brings its targets, or nothing needs a teacher.
-      total_steps: needed for ``soft_weight_end``.
+      total_steps: needed for ``soft_weight_end`` and ``soft_warmup``.
       image: the batch's key of the images.
       label: the batch's key of the class numbers.
 
@@ -49,8 +49,8 @@ def distillation_loss(
       features.
 
     Raises:
-      ValueError: feature terms without a resolved plan, ``soft_weight_end`` without
-        ``total_steps``. When it is traced: no teacher and no targets, class counts that differ,
+      ValueError: feature terms without a resolved plan, ``soft_weight_end`` or ``soft_warmup``
+        without ``total_steps``. When it is traced: no teacher and no targets, class counts that differ,
         shapes that need an adapter.
     """
     if isinstance(plan, DistillConfig):
@@ -60,6 +60,8 @@ def distillation_loss(
     c = plan.config
     if c.soft_weight_end is not None and not total_steps:
         raise ValueError("soft_weight_end needs total_steps, at which it is reached")
+    if c.soft_warmup and not total_steps:
+        raise ValueError("soft_warmup needs total_steps, of which it is a share")
     if teacher is not None:
         teacher = teacher.with_taps(plan.teacher_taps)
 
@@ -121,10 +123,13 @@ def _soft(c: DistillConfig, logits: Any, teacher: Any, labels: Any, weight: Any)
 
 
 def _soft_weight(c: DistillConfig, step: Any, total_steps: int | None) -> Any:
-    if c.soft_weight_end is None or not total_steps:
-        return c.soft_weight
-    done = jnp.clip(step / max(total_steps - 1, 1), 0.0, 1.0)
-    return c.soft_weight + (c.soft_weight_end - c.soft_weight) * done
+    value: Any = c.soft_weight
+    if c.soft_weight_end is not None and total_steps:
+        done = jnp.clip(step / max(total_steps - 1, 1), 0.0, 1.0)
+        value = c.soft_weight + (c.soft_weight_end - c.soft_weight) * done
+    if c.soft_warmup and total_steps:
+        value *= jnp.clip(step / (c.soft_warmup * total_steps), 0.0, 1.0)
+    return value
 
 
 def _feature_terms(

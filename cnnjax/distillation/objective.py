@@ -40,6 +40,8 @@ class DistillConfig:
       soft_weight: weight of it at the start (alpha).
       soft_weight_end: weight at the last step, linear in between (FitNets: from 4 to 1); None:
         constant.
+      soft_warmup: share of the steps over which that weight rises linearly from 0 (DKD: 20 of 240
+        epochs).
       temperature: T > 0.
       dkd_alpha: weight of the target class within ``"dkd"``.
       dkd_beta: weight of the others.
@@ -70,6 +72,7 @@ class DistillConfig:
     soft: str = "kd"
     soft_weight: float = 0.9
     soft_weight_end: float | None = None
+    soft_warmup: float = 0.0
     temperature: float = 4.0
     dkd_alpha: float = 1.0
     dkd_beta: float = 8.0
@@ -99,6 +102,10 @@ class DistillConfig:
         check_temperature(self.temperature)
         if self.soft not in SOFT:
             raise ValueError(f"unknown soft loss {self.soft!r}.{did_you_mean(self.soft, SOFT)}")
+        if not 0 <= self.soft_warmup <= 1:
+            raise ValueError(
+                f"soft_warmup is {self.soft_warmup}; a share of the steps, from 0 to 1"
+            )
         if self.hint_activation not in ACTIVATIONS:
             raise ValueError(f"hint_activation is {self.hint_activation!r}; 'relu' or 'none'")
         if self.attention_form not in ("code", "paper"):

@@ -143,6 +143,18 @@ def test_assembled_loss_equals_numpy():
     assert float(metrics["accuracy"]) == pytest.approx((z.argmax(-1) == Y).mean())
 
 
+def test_soft_weight_rises_from_nothing():
+    student, teacher = net(4, 1), net(4, 2)
+    config = D.DistillConfig(hard=1.0, soft="dkd", soft_weight=0.8, soft_warmup=0.25)
+    guide = D.Teacher(teacher)
+    loss = D.distillation_loss(config, guide, total_steps=40)
+    for step, share in ((0, 0.0), (5, 0.5), (10, 1.0), (39, 1.0)):
+        batch = {"image": X, "label": Y}
+        total, terms = value_of(loss, student, batch, {"teacher": guide.constants}, step)
+        expected = float(terms["hard"]) + share * 0.8 * float(terms["soft"])
+        assert float(total) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.method("teacher_student_pipeline")
 def test_identical_networks_cost_nothing_and_teachers_carry_no_gradient():
     model = net(4, 3)
@@ -359,8 +371,12 @@ def test_bad_input():
         D.DistillConfig(hard=0.0, soft="none")
     with pytest.raises(ValueError, match="names 4 layers"):
         D.DistillConfig(fsp_weight=1.0, fsp=(("a", "b"),))
-    with pytest.raises(ValueError, match="needs total_steps"):
+    with pytest.raises(ValueError, match="soft_weight_end needs total_steps"):
         D.distillation_loss(D.DistillConfig(soft_weight_end=0.0))
+    with pytest.raises(ValueError, match="soft_warmup needs total_steps"):
+        D.distillation_loss(D.DistillConfig(soft_warmup=0.1))
+    with pytest.raises(ValueError, match="soft_warmup is 20"):
+        D.DistillConfig(soft_warmup=20.0)
 
     def hints(*pairs):
         return D.DistillConfig(hint_weight=1.0, hints=pairs)
