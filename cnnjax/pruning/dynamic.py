@@ -226,12 +226,22 @@ def erdos_renyi(
 
 
 def random_mask(key: jax.Array, params: PyTree, densities: Mapping[str, float]) -> PyTree:
-    """A random mask with ``round(density * n)`` (at least 1) weights in each named leaf."""
+    """A random mask with ``round(density * n)`` (at least 1) weights in each named leaf.
+
+    Raises:
+      KeyError: a path that names no leaf.
+      ValueError: a density outside (0, 1].
+    """
     flat = tree.flatten(params)
     out = {}
     for i, (path, density) in enumerate(densities.items()):
         if path not in flat:
             raise KeyError(f"no leaf {path!r}.{did_you_mean(path, flat)}")
+        if not 0 < density <= 1:
+            raise ValueError(
+                f"density of {path!r} must lie in (0, 1], got {density}: it is the fraction of "
+                "weights to keep"
+            )
         w = flat[path]
         keep = max(1, round(density * w.size))
         scores = jax.random.uniform(jax.random.fold_in(key, i), w.shape)

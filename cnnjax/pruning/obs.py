@@ -136,10 +136,12 @@ def obs_set(
       ``(weights, cost)``, cost ``0.5 w_S^T (A_SS)^-1 w_S``.
 
     Raises:
-      ValueError: an inverse of the wrong shape.
+      ValueError: an inverse or a set of the wrong shape.
     """
     _check_inverse(w, inverse)
     s = jnp.asarray(removed)
+    if s.shape != w.shape:
+        raise ValueError(f"a set of shape {s.shape} for {w.size} weights; expected {w.shape}")
     both = s[:, None] & s[None]
     # A_SS in the middle of an identity, so that shapes stay static
     block = jnp.where(both, inverse, jnp.eye(w.size, dtype=w.dtype))
@@ -193,8 +195,8 @@ def layer_obs(
       path_limit: the largest fraction of one unit's inputs that may go (its path's length).
 
     Raises:
-      ValueError: a Hessian of the wrong shape (says which is expected), a sparsity out of range or
-        beyond ``path_limit``.
+      ValueError: a Hessian of the wrong shape (says which is expected), or with NaN, or not
+        positive definite (outside jit); a sparsity out of range or beyond ``path_limit``.
     """
     n, o = w.shape
     if tuple(hessian.shape) != (n, n):
@@ -209,7 +211,14 @@ def layer_obs(
     if units_at_once is None:
         units_at_once = 1 if jax.default_backend() == "cpu" else 16
     length = -(-length // block) * block
-    return _layer_obs(w, hessian, gone, damping, block, length, units_at_once)
+    found = _layer_obs(w, hessian, gone, damping, block, length, units_at_once)
+    if not isinstance(found.cost, jax.core.Tracer) and not jnp.isfinite(found.cost):
+        raise ValueError(
+            f"the result is not finite: the kernel or the Hessian has NaN, or the Hessian plus "
+            f"damping={damping:g} of its mean diagonal is not positive definite. A second moment "
+            "of the layer's inputs is; raise damping where rounding spoils it"
+        )
+    return found
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4, 5, 6))

@@ -71,7 +71,7 @@ def select_channels(
         which changes what the remaining channels compute.
 
     Returns:
-      The `Keep`. Groups without any score stay whole.
+      The `Keep`. Groups without any score stay whole; of equal scores the lower channel goes first.
 
     Raises:
       ValueError: wrong options; a glob that matches nothing; a ratio that would empty a layer; a

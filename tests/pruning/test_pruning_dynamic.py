@@ -138,6 +138,8 @@ def test_random_sparse_masks_and_their_densities():
         assert w.sum() == round(found[f"{path}/kernel"] * w.size)
     with pytest.raises(ValueError, match="density must lie"):
         pruning.erdos_renyi(params, 0.0)
+    with pytest.raises(ValueError, match="density of 'b/kernel' must lie in .0, 1., got 0.0"):
+        pruning.random_mask(jax.random.key(0), params, {"a/kernel": 0.5, "b/kernel": 0.0})
 
 
 @pytest.mark.parametrize("method", ["rigl", "set"])

@@ -123,6 +123,8 @@ def test_apoz_counts_silence_and_warns_without_a_relu():
         assert got[1] == 1
     with pytest.warns(UserWarning, match="conv/kernel.*not behind a ReLU"):
         importance.apoz({"s": jnp.float32(-1.0)}, collect, batches)
+    with pytest.warns(UserWarning, match="are never zero, so they are not behind a ReLU"):
+        importance.apoz({}, lambda params, x: {"conv/kernel": jax.nn.sigmoid(x)}, batches)
     with pytest.raises(ValueError, match="no example"):
         importance.apoz({}, collect, [])
 

@@ -135,6 +135,11 @@ def test_bad_hessians_and_counts():
         obs.obs(w[:, 0], jnp.eye(3), 3)
     with pytest.raises(ValueError, match="fraction of weights"):
         obs.layer_obs(w, jnp.eye(3), 1.5)
+    with pytest.raises(ValueError, match=r"\(2,\) for 3 weights; expected \(3,\)"):
+        obs.obs_set(w[:, 0], jnp.eye(3), np.asarray([True, False]))
+    for broken in (jnp.full((3, 3), jnp.nan), jnp.diag(jnp.asarray([1.0, -2, 1]))):
+        with pytest.raises(ValueError, match="not positive definite"):
+            obs.layer_obs(w, broken, 0.5)
 
 
 @pytest.mark.method("optimal_brain_damage")

@@ -61,7 +61,8 @@ def apoz(
       ValueError: no batch.
 
     Warns:
-      UserWarning: activations with negative values: the score means nothing without a ReLU.
+      UserWarning: activations with negative values, or without a single zero (sigmoid, softplus):
+        the score means nothing without a ReLU.
     """
     return activation_scores(params, collect, batches, ("apoz",))["apoz"]
 
@@ -126,11 +127,13 @@ def activation_scores(
     out: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for path, mine in total.items():
         if "apoz" in kinds:
-            if float(mine["negative"]) > 0:
+            negative = float(mine["negative"]) > 0
+            if negative or not float(jnp.max(mine["apoz"])):
+                what = "have negative values" if negative else "are never zero"
                 warnings.warn(
-                    f"APoZ of {path}: the activations have negative values, so they are not behind "
-                    "a ReLU and the share of zeros says nothing; apply the ReLU in collect, or use "
-                    "another score",
+                    f"APoZ of {path}: the activations {what}, so they are not behind a ReLU and "
+                    "the share of zeros says nothing; apply the ReLU in collect, or use another "
+                    "score",
                     UserWarning,
                     stacklevel=2,
                 )
