@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pathlib
 import runpy
 
@@ -73,3 +74,23 @@ def test_widths_of_the_recipes_are_the_papers(config, model, macs, weights):
     graph, kernels, keep = decide(model, 32, ratio)
     costs = pruning.CostModel(graph, variables=kernels)
     assert (costs.macs(keep.alive), costs.params(keep.alive)) == (macs, weights)
+
+
+@pytest.mark.method("l1_filter_pruning")
+@pytest.mark.parametrize("config", ["cifar10_vgg16_pruning", "cifar10_resnet56_pruning"])
+def test_cuts_in_the_result_files_are_those_of_abstract_shapes(config):
+    """What a run says of its network at the paper's ratios; all trainable scalars count."""
+    record = json.loads((CONFIGS / "results" / f"{config}.json").read_text())
+    point = next(p for p in record["branches"] if p["branch"] == "l1")
+    ratio = runpy.run_path(str(CONFIGS / f"{config}.py"))["paper_ratios"]()
+    model = record["config"]["model"]
+    graph, _, keep = decide(model["name"], 32, ratio, **model["fields"])
+    costs, whole = pruning.CostModel(graph), graph.alive()
+    macs = costs.macs(keep.alive) / costs.macs(whole)
+    weights = costs.params(keep.alive) / costs.params(whole)
+    assert point["macs_share"]["mean"] == pytest.approx(macs, rel=1e-12)
+    assert point["params_share"]["mean"] == pytest.approx(weights, rel=1e-12)
+    if not record["reduced"] or model["name"] == "resnet56_cifar":  # widths of the paper
+        published = {"vgg16_cifar": 206_279_680 / 313_463_808,
+                     "resnet56_cifar": 90_907_264 / 125_485_696}  # fmt: skip
+        assert macs == pytest.approx(published[model["name"]], rel=1e-12)
