@@ -30,11 +30,24 @@ Written by `scripts/update_results.py` from the JSON files beside it; each of th
 TAUGHT = """
 ## Students of one teacher side by side
 
-Accuracy in percent of the last epoch, mean (min-max) over the seeds, and the difference to the same
-student without a teacher; images per second of the training step relative to the student alone
-(`benchmarks/distill_step.py`; of FitNet and FSP the first stage's step, of Fisher pruning the step
-while the network still has the teacher's size; `digits` and `cifar` are the networks of those
-configs). With Fisher pruning the student is the teacher with maps removed, so of another shape.
+Accuracy in percent of the last epoch, mean (min-max) over the seeds, the difference to the same
+student without a teacher (and in how many seeds it is above it); images per second of the training
+step relative to the student alone (`benchmarks/distill_step.py`; of FitNet and FSP the first
+stage's step, of Fisher pruning the step while the network still has the teacher's size; `digits`
+and `cifar` are the networks of those configs). With Fisher pruning the student is the teacher with
+maps removed, so of another shape.
+
+"""
+
+RATES = """
+Images per second of the training in the runs themselves, each on its own with whatever else the
+machine did (behind a slash: of a first stage, or while maps are removed):
+
+"""
+
+CACHED = """
+Images per second with targets cached ahead, relative to a teacher that runs in every step
+(`benchmarks/distill_step.py`):
 
 """
 
@@ -75,6 +88,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     pairs = json.loads(speeds.read_text())["pairs"] if speeds.exists() else {}
     if taught := report.transfer_table(records, pairs):
         text += TAUGHT + taught + "\n"
+        if rates := report.throughput_table(records):
+            text += RATES + rates + "\n"
+        if cached := report.cache_table(pairs):
+            text += CACHED + cached + "\n"
     for record in tables:
         table = report.markdown_table(record["header"], record["rows"])
         text += f"\n## {record['name']}\n\n{record['note']}.\n\n{table}\n"

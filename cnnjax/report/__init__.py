@@ -28,11 +28,12 @@ from cnnjax.report.tables import (
     surgery_table,
     text_table,
 )
-from cnnjax.report.transfer import transfer_table
+from cnnjax.report.transfer import cache_table, throughput_table, transfer_table
 
 __all__ = [
     "FORMAT",
     "TABLE",
+    "cache_table",
     "check_floors",
     "compare",
     "comparison_table",
@@ -54,6 +55,7 @@ __all__ = [
     "summarize",
     "surgery_table",
     "text_table",
+    "throughput_table",
     "transfer_table",
     "update_header",
     "write_result",

@@ -188,7 +188,10 @@ class Distill:
         metrics: dict[str, Any] = {}
         for name, recipe, config in phases:
             phase = _Phase(name, recipe, config, guide, self, example)
-            model, metrics = phase.train(model, mask, teachers, context)
+            model, found = phase.train(model, mask, teachers, context)
+            if name == "first":
+                found = {"first_images_per_second": found["images_per_second"]}
+            metrics |= found
         if teachers:
             metrics["agreement"] = _agreement(model, teachers[0], context)
         extras = {**network.extras, "teachers": teachers}
@@ -250,7 +253,11 @@ class _Phase:
         )
         last = trained.fit.last("eval")
         out = trained.model()
-        return out.student if adapters else out, {"steps": last["step"], "loss": last["loss"]}
+        return out.student if adapters else out, {
+            "steps": last["step"],
+            "loss": last["loss"],
+            "images_per_second": trained.fit.last("train")["images_per_second"],
+        }
 
     def stream(self, guide: Any, steps: int, context: Context) -> Any:
         """``loader -> batches with targets``; the targets are made when they are first asked."""

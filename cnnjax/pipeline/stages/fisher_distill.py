@@ -116,7 +116,11 @@ class FisherDistill:
             hooks=training.Hooks(loss=distillation.distillation_loss(self.loss, guide)),
             constants={"teacher": guide.constants},
         )
-        metrics |= {"steps": length * self.rounds + done.fit.last("eval")["step"]}
+        metrics |= {
+            "steps": length * self.rounds + done.fit.last("eval")["step"],
+            "first_images_per_second": trained.fit.last("train")["images_per_second"],
+            "images_per_second": done.fit.last("train")["images_per_second"],
+        }
         extras = {**network.extras, "teachers": teachers}
         points = [{k: v for k, v in r.items() if k != "alive"} for r in curve]
         return Outcome(Carry(done.model(), None, extras), metrics, points)
