@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from cnnjax import surgery
-from cnnjax.distillation.sameness import difference, run
+from cnnjax.distillation.sameness import difference, evaluate, run
 from cnnjax.graph import capture
 
 SIDES = ("output", "input")
@@ -101,12 +101,10 @@ def _values(
 ) -> tuple[list[np.ndarray], list[Any]]:
     graphdef, state = nnx.split(model)
 
-    @jax.jit
-    def call(state: Any, args: tuple[Any, ...]) -> Any:
+    def call(state: Any, *args: Any) -> Any:
         return capture(nnx.merge(graphdef, state, copy=True), {path: side})(*args)
 
-    with jax.default_matmul_precision("highest"):
-        out, found = call(state, example)
+    (out, found), _ = evaluate(call, state, *example)
     if len(found) > 1:
         raise ValueError(f"{path!r} is called {len(found)} times; a layer there would be shared")
     return [np.asarray(x, np.float64) for x in jax.tree.leaves(out)], list(found.values())

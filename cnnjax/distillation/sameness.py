@@ -65,16 +65,25 @@ def run(
     """Evaluation-mode outputs, and whether the network computes in 16 bits."""
     fn, state = functional(model)
     paths, treedef = list(surgery.leaves(model)), jax.tree.structure(state)
+    outs, low = evaluate(fn, jax.tree.unflatten(treedef, [leaves[p] for p in paths]), *args)
+    return [np.asarray(x, np.float64) for x in jax.tree.leaves(outs)], low
 
-    def call(values: list[Any], args: tuple[Any, ...]) -> Any:
-        return fn(jax.tree.unflatten(treedef, values), *args)
 
-    values = [leaves[p] for p in paths]
+def evaluate(fn: Callable[..., Any], *args: Any) -> tuple[Any, bool]:
+    """``fn(*args)`` once, in full precision, and whether anything in it has 16 bits.
+
+    Operation by operation where they repeat (deep residual networks; networks that are compared
+    share them, too), else compiled as a whole: whichever compiles less.
+    """
     with jax.default_matmul_precision("highest"):
-        traced = jax.jit(call).trace(values, args)
-        outs = traced.lower().compile()(values, args)
-    text = str(traced.jaxpr)
-    return [np.asarray(x, np.float64) for x in jax.tree.leaves(outs)], "f16[" in text
+        traced = jax.jit(fn).trace(*args)
+        eqns = traced.jaxpr.jaxpr.eqns
+        kinds = {(e.primitive, *(str(v.aval) for v in (*e.invars, *e.outvars))) for e in eqns}
+        if len(kinds) < 0.3 * len(eqns):
+            out = fn(*args)
+        else:
+            out = traced.lower().compile()(*args)
+    return out, "f16[" in str(traced.jaxpr)
 
 
 def difference(a: list[np.ndarray], b: list[np.ndarray]) -> float:
