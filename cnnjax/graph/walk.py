@@ -29,6 +29,7 @@ _CALLS = frozenset(
         "custom_vjp_call",
         "custom_vjp_call_jaxpr",
         "custom_lin",
+        "cnnjax_channel_shuffle",
     ]
 )
 _MOVES: dict[str, Callable[..., Value]] = {

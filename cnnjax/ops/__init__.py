@@ -1,10 +1,9 @@
-"""Convolution forms: depthwise, grouped and 1x1 convolution as each platform runs them fastest."""
+"""Depthwise, grouped and 1x1 convolution and channel shuffle as each platform runs them fastest."""
 
 from __future__ import annotations
 
 from cnnjax.ops.choice import choose
 from cnnjax.ops.conv import (
-    channel_shuffle,
     conv,
     conv_general_dilated,
     depthwise,
@@ -14,6 +13,7 @@ from cnnjax.ops.conv import (
 from cnnjax.ops.geometry import ConvSpec
 from cnnjax.ops.layers import Conv
 from cnnjax.ops.primitives import FORWARD_PRIMITIVES, recognise
+from cnnjax.ops.shuffle import channel_shuffle
 
 __all__ = [
     "FORWARD_PRIMITIVES",

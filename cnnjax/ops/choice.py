@@ -23,6 +23,7 @@ BY_KIND = {
 }
 _FEW_CHANNELS = 12  # a group this narrow wastes a matrix product
 _MANY_TAPS = 25  # a product a tap: too many passes over the output
+_MANY_PIECES = 8  # of a channel shuffle: each is a piece of program
 
 
 def is_cramped(spec: ConvSpec, size: tuple[int, int], kernel: tuple[int, int]) -> bool:
@@ -70,3 +71,18 @@ def choose(
     if part == "forward" and kh * kw >= _MANY_TAPS:
         return "native"
     return "dot"
+
+
+def choose_shuffle(channels: int, groups: int, *, platform: str | None) -> str:
+    """The form of a channel shuffle that runs.
+
+    Args:
+      channels: C.
+      groups: g, which divides C.
+      platform: ``"cpu"``, or None for every other.
+
+    Returns:
+      ``"stack"`` (slices side by side) or ``"native"`` (a transposition).
+    """
+    pieces = min(groups, channels // groups)
+    return "stack" if platform == "cpu" and pieces <= _MANY_PIECES else "native"

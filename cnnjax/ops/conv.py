@@ -134,23 +134,6 @@ def pointwise(
     return conv(x, kernel, **options)
 
 
-def channel_shuffle(x: Float[Array, "*batch c"], groups: int) -> Float[Array, "*batch c"]:
-    """Interleaves the groups of the last axis: (g, C/g) -> (C/g, g).
-
-    ShuffleNet, Zhang et al., CVPR 2018, 1707.01083.
-
-    Raises:
-      ValueError: if the groups don't divide the channels.
-    """
-    channels = x.shape[-1]
-    if groups < 1 or channels % groups:
-        raise ValueError(f"{groups} groups don't divide {channels} channels")
-    if groups == 1:
-        return x
-    y = x.reshape(*x.shape[:-1], groups, channels // groups)
-    return jnp.swapaxes(y, -1, -2).reshape(x.shape)
-
-
 def conv_general_dilated(
     lhs: Array,
     rhs: Array,

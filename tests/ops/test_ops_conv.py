@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import jax
@@ -13,7 +14,7 @@ from flax import nnx
 from jax import lax
 
 from cnnjax import ops
-from cnnjax.ops import primitives
+from cnnjax.ops import primitives, shuffle
 
 KINDS = {
     # name: (groups, c_in, c_out, kernel, forms)
@@ -278,6 +279,31 @@ def test_channel_shuffle():
     np.testing.assert_array_equal(got, want)
     with pytest.raises(ValueError, match="5 groups don't divide 12"):
         ops.channel_shuffle(jnp.asarray(x), 5)
+
+
+@pytest.mark.method("shufflenet_v1")
+@pytest.mark.parametrize("groups", [1, 2, 3, 8, 12, 24])
+def test_both_forms_of_channel_shuffle_agree_in_every_transformation(groups):
+    rng = np.random.default_rng(groups)
+    x, t = (jnp.asarray(rng.standard_normal((2, 3, 2, 24)), jnp.float32) for _ in range(2))
+    plain = functools.partial(shuffle.transposed, groups=groups)
+    np.testing.assert_array_equal(shuffle.stacked(x, groups), plain(x))
+    ours = functools.partial(ops.channel_shuffle, groups=groups)
+
+    def everything(f):
+        def run(x, t):
+            y, tangent = jax.jvp(f, (x,), (t,))
+            grad = jax.grad(lambda x: jnp.vdot(f(x), t))(x)
+            twice = jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(f(x) ** 3))(x)))(x)
+            return y, tangent, grad, twice, jax.vmap(f, 1, 2)(x), jax.vmap(f, 4, 0)(x[..., None])
+
+        return jax.jit(run)(x, t)
+
+    for a, b in zip(everything(ours), everything(plain)):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    np.testing.assert_array_equal(ours(x), plain(x))
+    half = x.astype(jnp.bfloat16)
+    assert ours(half).dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -115,5 +115,5 @@ def test_the_short_cifar_configs_state_floors():
             # the floor was not lowered after the fact
             stated = json.loads(result.read_text())["config"]["expected"]["train"]["floor"]
             assert stated == floors["train"]
-    assert len(found) == 3
+    assert len(found) >= 3
     assert min(found.values()) > 0.2  # twice chance

@@ -61,7 +61,7 @@ class PretrainBlocks:
                     return "learns" if block.holds(path) else "stays"
 
                 params = nnx.to_pure_dict(nnx.state(block, nnx.Param))
-                rules = {"learns": optimizer, "stays": optax.set_to_zero()}
+                rules: Any = {"learns": optimizer, "stays": optax.set_to_zero()}
                 return optax.partition(rules, tree.map_with_path(label, params))
 
             trained = context.train(block, self.recipe, name=f"block{index}", wrap=only_this)
