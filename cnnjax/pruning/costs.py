@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection
+from typing import Any
 
 import numpy as np
+from scipy.sparse import csr_matrix
 
 from cnnjax.graph import Graph
 
@@ -85,6 +88,31 @@ class CostModel:
     def macs(self, alive: np.ndarray) -> float:
         """Multiply-accumulates of convolutions and dense layers for one example."""
         return float(np.round(self.factor @ self.elements(alive)))
+
+    def macs_without(self, alive: np.ndarray, atoms: np.ndarray) -> np.ndarray:
+        """`macs` of as many decisions: ``alive`` without the first of ``atoms``, the second, ..."""
+        if self.tables or not len(self.labels):
+            out = []
+            for atom in atoms:
+                one = np.array(alive, bool)
+                one[atom] = False
+                out.append(self.macs(one))
+            return np.array(out)
+        counts = np.add.reduceat(np.append(alive, True)[self.labels].astype(np.int64), self.starts)
+        left = counts - self.occurrences[atoms].toarray()
+        first = np.flatnonzero(np.diff(self.owner, prepend=-1))  # owners come in order
+        elements = np.tile(self.base, (len(atoms), 1))
+        elements[:, self.owner[first]] *= np.multiply.reduceat(left, first, axis=1)
+        return np.round(elements @ self.factor)
+
+    @functools.cached_property
+    def occurrences(self) -> Any:
+        """Sparse (atoms, axes): positions of each atom on each axis that ``owner`` lists."""
+        axis = np.repeat(np.arange(len(self.owner)), np.diff([*self.starts, len(self.labels)]))
+        on = self.labels >= 0
+        ones = np.ones(int(on.sum()), np.int64)
+        shape = (self.graph.num_atoms, len(self.owner))
+        return csr_matrix((ones, (self.labels[on], axis[on])), shape=shape)
 
     def params(self, alive: np.ndarray) -> float:
         """Trainable scalars."""

@@ -163,29 +163,31 @@ def fisher_select(
     left = graph.alive() if alive is None else np.array(alive, bool)
     limit = None if macs is None else macs * model.macs(graph.alive()) if macs <= 1 else macs
     damage, order = np.asarray(scores, np.float64), []
+    # each group's channels in the order in which they go, as far as it may
+    queues = [mine[np.lexsort((mine, damage[mine]))][: max(0, len(mine) - min_width)]
+              for mine in (g.atoms[left[g.atoms]] for g in groups)]  # fmt: skip
+    heads = np.array([q[0] for q in queues if len(q)], np.int64)
+    rests = [iter(q[1:].tolist()) for q in queues if len(q)]
     cost = model.macs(left)
     while (limit is None or cost > limit) and (count is None or len(order) < count):
-        best: tuple[float, int, float] | None = None
-        for g in groups:
-            mine = g.atoms[left[g.atoms]]
-            if len(mine) <= min_width:
-                continue
-            # channels of one group cost the same
-            atom = int(mine[np.argmin(damage[mine])])
-            left[atom] = False
-            after = model.macs(left)
-            left[atom] = True
-            saved = max(cost - after, 1e-9)
-            value = damage[atom] / saved if beta == "auto" else damage[atom] - float(beta) * saved
-            if best is None or value < best[0]:
-                best = value, atom, after
-        if best is None:
+        if not len(heads):
             if limit is None:
                 break
             raise ValueError(f"macs={macs:g} is out of reach: the narrowest network has {cost:.6g}")
-        left[best[1]] = False
-        order.append(best[1])
-        cost = best[2]
+        # channels of one group cost the same: its next one stands for all
+        after = model.macs_without(left, heads)
+        saved = np.maximum(cost - after, 1e-9)
+        auto = beta == "auto"
+        value = damage[heads] / saved if auto else damage[heads] - float(beta) * saved
+        best = int(np.argmin(value))
+        left[heads[best]] = False
+        order.append(int(heads[best]))
+        cost = float(after[best])
+        following = next(rests[best], None)
+        if following is None:
+            heads, rests = np.delete(heads, best), rests[:best] + rests[best + 1 :]
+        else:
+            heads[best] = following
     return left, order
 
 

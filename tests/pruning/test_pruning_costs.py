@@ -94,3 +94,15 @@ def test_cuts_in_the_result_files_are_those_of_abstract_shapes(config):
         published = {"vgg16_cifar": 206_279_680 / 313_463_808,
                      "resnet56_cifar": 90_907_264 / 125_485_696}  # fmt: skip
         assert macs == pytest.approx(published[model["name"]], rel=1e-12)
+
+
+@pytest.mark.parametrize(("name", "size"), [("resnet20_cifar", 32), ("shufflenet_v1_g3", 64)])
+def test_cost_of_many_decisions_is_that_of_each(name, size):
+    """With plain channels and, in ShuffleNet, with joint ones of a channel shuffle."""
+    model = cnnjax.models.abstract(name, num_classes=10)
+    graph = G.trace(model, jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32))
+    costs, rng = pruning.CostModel(graph), np.random.default_rng(0)
+    alive = rng.random(graph.num_atoms) < 0.8
+    atoms = rng.choice(np.flatnonzero(alive), 6, replace=False)
+    each = [costs.macs(alive & (np.arange(graph.num_atoms) != a)) for a in atoms]
+    np.testing.assert_array_equal(costs.macs_without(alive, atoms), each)
