@@ -66,8 +66,13 @@ class Bonds:
                 want[rest[rest >= 0]] = values[rest >= 0]
         return want[classes]
 
-    def mismatch(self, label: np.ndarray) -> Event | None:
-        """A bond of the shrunk program that the original doesn't have, or a pool with others."""
+    def mismatch(self, label: np.ndarray, stays: np.ndarray) -> Event | None:
+        """A bond that the original doesn't have, or a pool of others than it had.
+
+        Args:
+          label: identity of every class of the shrunk program.
+          stays: of every identity whether it is still there.
+        """
         for events, new, old in (
             (self.ledger.bonds, self.new, self.old),
             (self.ledger.pools, self.new_pools, self.pools),
@@ -80,6 +85,11 @@ class Bonds:
                 if paired and known.shape == old[i].shape and np.array_equal(known, old[i]):
                     continue
                 if not _rows(known) <= (_rows(old[i]) if every is None else every):
+                    return event
+        if len(self.pools) == len(self.new_pools):
+            for event, new, old in zip(self.ledger.pools, self.new_pools, self.pools):
+                carried = np.unique(label[new[new >= 0]])
+                if not np.isin(old[old >= 0][stays[old[old >= 0]]], carried).all():
                     return event
         return None
 

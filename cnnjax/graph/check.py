@@ -283,7 +283,8 @@ class _Check:
 
     def bound(self) -> None:
         """Channels that one output is made of are those of one output of the original."""
-        event = self.bonds.mismatch(self.label)
+        atoms = self.atom_of[:-1]
+        event = self.bonds.mismatch(self.label, (atoms < 0) | np.append(self.alive, True)[atoms])
         if event is not None:
             self.fail_at(event.info, f"{event.reason}: joins other channels than in the original")
 

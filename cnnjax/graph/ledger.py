@@ -259,7 +259,7 @@ class Ledger:
 
     def split(self, labels: np.ndarray, reason: str, *, reshape: bool = False) -> None:
         """``labels[part, position]``: the parts must keep equal numbers."""
-        key = (labels.shape, labels.tobytes())
+        key = (labels.shape, labels.tobytes(), reshape)
         if key not in self._seen:
             self._seen.add(key)
             self.splits.append(Split(labels, reason, self.info, reshape))
