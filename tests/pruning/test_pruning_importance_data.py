@@ -152,6 +152,51 @@ def test_hrank_is_the_mean_rank_and_all_scores_come_from_one_pass():
         importance.activation_scores({}, collect, [], ("hranks",))
 
 
+def test_any_set_of_scores_comes_from_one_pass():
+    """Gradients, curvature and activations of the same batches, each read once."""
+    params, data_ = data()
+    params["n"] = {"scale": np.linspace(-1, 1, 4)}
+    params = jax.tree.map(lambda w: jnp.asarray(w, jnp.float32), params)
+    batches = [
+        {k: jnp.asarray(v[s], jnp.float32 if k == "x" else jnp.int32) for k, v in data_.items()}
+        for s in (slice(0, 6), slice(6, 12))
+    ]
+    traced, key = [], jax.random.key(2)
+
+    def outputs(p, example):
+        traced.append(1)
+        return relu_net(p, example["x"])
+
+    def collect(p, batch):
+        pre = batch["x"] @ p["a"]["kernel"] + p["a"]["bias"]
+        return {"a/kernel": jax.nn.relu(pre)}
+
+    needs = {"loss": loss, "outputs": outputs, "collect": collect, "key": key}
+    got = importance.compute(params, importance.names(), iter(batches), **needs)
+    assert set(got) == set(importance.names())
+    first = len(traced)
+    importance.compute(params, importance.names(), batches[:1], **needs)
+    assert len(traced) == first  # compiled once
+    for name in importance.names():
+        one = importance.get(name)
+        more = {"taylor": (loss, batches), "fisher": (loss, batches), "obd": (outputs, batches),
+                "fisher_weight": (loss, batches), "apoz": (collect, batches),
+                "hrank": (collect, batches), "random": (key,)}.get(name, ())  # fmt: skip
+        want = flatten(one(params, *more))
+        assert set(flatten(got[name])) == set(want)
+        for path, values in flatten(got[name]).items():
+            np.testing.assert_allclose(values, want[path], rtol=1e-5, atol=1e-7)
+    assert set(importance.compute(params, ["l1"])) == {"l1"}
+    for name, need in (("taylor", "loss"), ("obd", "outputs"), ("apoz", "collect"),
+                       ("random", "key")):  # fmt: skip
+        with pytest.raises(ValueError, match=f"'{name}' needs {need}="):
+            importance.compute(params, [name], batches)
+    with pytest.raises(ValueError, match="no example"):
+        importance.compute(params, ["taylor"], loss=loss)
+    with pytest.raises(ValueError, match="'tailor'.*Did you mean 'taylor'"):
+        importance.compute(params, ["tailor"])
+
+
 def test_fpgm_and_lamp_against_loops():
     w = RNG.normal(size=(3, 3, 2, 5))
     w[..., 4] = w[..., :4].mean(-1)  # the middle of the others goes first

@@ -2,8 +2,8 @@
 
 A score takes the parameters first, then what else it needs: nothing (`l1`, `l2`, `bn_scale`,
 `fpgm`, `lamp`, `random`), a loss and batches (`taylor`, `fisher`, `fisher_weight`), outputs or a
-loss (`obd`), activations (`apoz`, `hrank`). `gradient_statistics` and `activation_scores` compute
-several in one pass.
+loss (`obd`), activations (`apoz`, `hrank`). `compute` gives any set of them from one jitted pass
+over the data.
 """
 
 from __future__ import annotations
@@ -26,11 +26,13 @@ from cnnjax.pruning.importance.gradients import (
 )
 from cnnjax.pruning.importance.parameters import bn_scale, l1, l2, random
 from cnnjax.pruning.importance.registry import get, names, register
+from cnnjax.pruning.importance.together import compute
 
 __all__ = [
     "activation_scores",
     "apoz",
     "bn_scale",
+    "compute",
     "fisher",
     "fisher_weight",
     "fpgm",

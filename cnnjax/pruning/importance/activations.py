@@ -102,28 +102,35 @@ def activation_scores(
         if kind not in KINDS:
             raise ValueError(f"unknown activation score {kind!r}.{did_you_mean(kind, KINDS)}")
 
-    @jax.jit
-    def sums(params: PyTree, batch: Any) -> Any:
-        out = {}
-        for path, a in collect(params, batch).items():
-            mine: dict[str, Any] = {"positions": jnp.asarray(a.size / a.shape[-1], jnp.float32)}
-            mine["examples"] = jnp.asarray(a.shape[0], jnp.float32)
-            if "apoz" in kinds:
-                found = apoz_sums(a)
-                mine |= {"apoz": found["apoz"], "negative": found["negative"].astype(jnp.float32)}
-            if "hrank" in kinds:
-                mine["hrank"] = jnp.sum(map_ranks(a), axis=0)
-            if "mean_activation" in kinds:
-                mine["mean_activation"] = jnp.sum(jnp.abs(a), axis=tuple(range(a.ndim - 1)))
-            out[path] = mine
-        return out
-
+    run = jax.jit(lambda params, batch: sums(params, batch, collect, kinds))
     total = None
     for batch in batches:
-        new = sums(params, batch)
+        new = run(params, batch)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     if total is None:
         raise ValueError("no example: the batches are empty")
+    return finished(total, kinds)
+
+
+def sums(params: PyTree, batch: Any, collect: Any, kinds: tuple[str, ...]) -> dict[str, Any]:
+    """What one batch adds, for each path that ``collect`` names; jitted by the caller."""
+    out = {}
+    for path, a in collect(params, batch).items():
+        mine: dict[str, Any] = {"positions": jnp.asarray(a.size / a.shape[-1], jnp.float32)}
+        mine["examples"] = jnp.asarray(a.shape[0], jnp.float32)
+        if "apoz" in kinds:
+            found = apoz_sums(a)
+            mine |= {"apoz": found["apoz"], "negative": found["negative"].astype(jnp.float32)}
+        if "hrank" in kinds:
+            mine["hrank"] = jnp.sum(map_ranks(a), axis=0)
+        if "mean_activation" in kinds:
+            mine["mean_activation"] = jnp.sum(jnp.abs(a), axis=tuple(range(a.ndim - 1)))
+        out[path] = mine
+    return out
+
+
+def finished(total: Mapping[str, Any], kinds: tuple[str, ...]) -> dict[str, PyTree]:
+    """Scores from the sums of all batches; warns where APoZ means nothing."""
     out: dict[str, dict[str, Any]] = {kind: {} for kind in kinds}
     for path, mine in total.items():
         if "apoz" in kinds:
@@ -135,7 +142,7 @@ def activation_scores(
                     "the share of zeros says nothing; apply the ReLU in collect, or use another "
                     "score",
                     UserWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
             out["apoz"][path] = 1 - mine["apoz"] / mine["positions"]
         if "hrank" in kinds:

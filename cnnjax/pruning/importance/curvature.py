@@ -118,7 +118,7 @@ def gauss_newton_diagonal(
     total, count = None, 0
     for batch in batches:
         count += jax.tree.leaves(batch)[0].shape[0]
-        new = _gauss_newton(params, batch, outputs, loss, chunk)
+        new = gauss_newton_sums(params, batch, outputs, loss, chunk)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     if total is None or not count:
         raise ValueError("no example: the batches are empty")
@@ -126,7 +126,9 @@ def gauss_newton_diagonal(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _gauss_newton(params: PyTree, batch: Any, outputs: Any, loss: str, chunk: int) -> PyTree:
+def gauss_newton_sums(params: PyTree, batch: Any, outputs: Any, loss: str, chunk: int) -> PyTree:
+    """The jitted part of `gauss_newton_diagonal`: the sum over a batch."""
+
     def one(x: Any) -> PyTree:
         z, back = jax.vjp(lambda p: outputs(p, x), params)
         if loss == "softmax":

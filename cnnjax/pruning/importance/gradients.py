@@ -59,7 +59,7 @@ def gradient_statistics(
     total, count = None, 0
     for batch in batches:
         count += jax.tree.leaves(batch)[0].shape[0]
-        new = _sums(params, batch, loss, want, chunk)
+        new = sums(params, batch, loss, want, chunk)
         total = new if total is None else jax.tree.map(jnp.add, total, new)
     if total is None or not count:
         raise ValueError("no example: the batches are empty")
@@ -67,7 +67,8 @@ def gradient_statistics(
 
 
 @functools.partial(jax.jit, static_argnums=(2, 3, 4))
-def _sums(params: PyTree, batch: Any, loss: Loss, want: tuple[str, ...], chunk: int) -> Any:
+def sums(params: PyTree, batch: Any, loss: Loss, want: tuple[str, ...], chunk: int) -> Any:
+    """The jitted part of `gradient_statistics`: sums over a batch."""
     flat = tree.flatten(params)
 
     def one(example: Any) -> Any:
@@ -129,9 +130,8 @@ def taylor(params: PyTree, loss: Loss, batches: Iterable[Any], *, chunk: int = 1
     Returns:
       ``{path: (o,)}`` nested, for kernels and normalization scales.
     """
-    return tree.nest(
-        gradient_statistics(params, loss, batches, ("gate_taylor",), chunk=chunk)["gate_taylor"]
-    )
+    found = gradient_statistics(params, loss, batches, ("gate_taylor",), chunk=chunk)
+    return score("taylor", params, found["gate_taylor"])
 
 
 @register("fisher")
@@ -172,9 +172,18 @@ def fisher(
 def fisher_weight(params: PyTree, loss: Loss, batches: Iterable[Any], *, chunk: int = 16) -> PyTree:
     """``w^2 / (2N) sum_n (dL_n/dw)^2`` of every weight (Theis et al.; OBD by empirical Fisher)."""
     found = gradient_statistics(params, loss, batches, ("square",), chunk=chunk)["square"]
+    return score("fisher_weight", params, found)
+
+
+def score(name: str, params: PyTree, mean: Mapping[str, Any]) -> PyTree:
+    """``taylor``, ``fisher`` or ``fisher_weight`` from the mean of its statistic."""
+    if name == "taylor":
+        return tree.nest(dict(mean))
+    if name == "fisher":
+        return tree.nest({p: 0.5 * s for p, s in mean.items()})
     flat = tree.flatten(params)
     return tree.nest(
-        {p: 0.5 * jnp.square(flat[p]) * h for p, h in found.items() if jnp.ndim(h) >= 2}
+        {p: 0.5 * jnp.square(flat[p]) * h for p, h in mean.items() if jnp.ndim(h) >= 2}
     )
 
 
