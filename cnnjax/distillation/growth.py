@@ -127,7 +127,11 @@ def plan_widening(
     rng: np.random.Generator,
 ) -> Widening:
     """The widening of one group, proved by the label check; see `cnnjax.distillation.widen`."""
-    group = _group(graph, path)
+    try:
+        group = _group(graph, path)
+    except ValueError as error:
+        reason = str(error).replace("can't be pruned", "is fixed")
+        raise ValueError(f"{path!r} can't be widened exactly: {reason}") from error
     n = group.size
     if width < n:
         raise ValueError(f"{group.name!r} has {n} channels already; widen to at least as many")

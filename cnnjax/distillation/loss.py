@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from cnnjax import training
 from cnnjax.distillation import taps as taplib
@@ -50,8 +51,8 @@ def distillation_loss(
 
     Raises:
       ValueError: feature terms without a resolved plan, ``soft_weight_end`` or ``soft_warmup``
-        without ``total_steps``. When it is traced: no teacher and no targets, class counts that differ,
-        shapes that need an adapter.
+        without ``total_steps``. When it is traced: no teacher and no targets, class counts that
+        differ, shapes that need an adapter.
     """
     if isinstance(plan, DistillConfig):
         if plan.features:
@@ -75,6 +76,8 @@ def distillation_loss(
                 "terms of features count every example; use a loader with drop_remainder, whose "
                 "batches hold no padding (no 'weight')"
             )
+        # the running statistics as they were: those that this step updates depend on its batch
+        still = training.set_mode(nnx.clone(student), train=False) if c.gradient_beta else None
         logits, ours = taplib.features_of(student, plan.student_taps)(batch[image])
         logits = jnp.asarray(logits, jnp.float32)
         total, metrics = jnp.zeros((), jnp.float32), {}
@@ -92,7 +95,7 @@ def distillation_loss(
             if c.gradient_beta:
                 terms["gradient"] = (
                     c.gradient_beta,
-                    _gradient_term(student, teacher, context, batch[image], batch[label]),
+                    _gradient_term(still, teacher, context, batch[image], batch[label]),
                 )
             for name, (factor, value) in terms.items():
                 metrics[name] = value
@@ -186,7 +189,7 @@ def _need(adapters: Any, name: str, plan: Plan) -> Any:
     return adapters[name]
 
 
-def _gradient_term(student: Any, teacher: Any, context: Any, images: Any, labels: Any) -> Any:
+def _gradient_term(still: Any, teacher: Any, context: Any, images: Any, labels: Any) -> Any:
     """Half the mean squared difference of input gradients, both networks in evaluation mode."""
     constants = context.constants
     if teacher is None or not isinstance(constants, Mapping) or "teacher" not in constants:
@@ -195,7 +198,6 @@ def _gradient_term(student: Any, teacher: Any, context: Any, images: Any, labels
             "(constants={'teacher': teacher.constants}), cached targets don't hold them"
         )
     plain = teacher.with_taps(())
-    still = training.set_mode(student, train=False)  # batch statistics would couple the examples
     return gradient_attention(
         lambda x: jnp.asarray(still(x), jnp.float32),
         lambda x: plain.differentiable(constants["teacher"], x),

@@ -106,3 +106,44 @@ def test_symmetry_is_zero_for_a_mirror_invariant_network(batch):
 def test_unknown_form(batch):
     with pytest.raises(ValueError, match="form is 'l1'"):
         d.gradient_symmetry(lambda x: apply(make(0), x), *batch, form="l1")
+
+
+def test_the_whole_loss_by_finite_differences_in_the_parameters():
+    """Cross-entropy and gradient attention of a smooth network in float64: to 1e-4."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(3)
+        student, teacher = (
+            {k: jnp.asarray(v, jnp.float64) for k, v in make(seed).items()} for seed in (0, 1)
+        )
+        x, y = jnp.asarray(rng.normal(size=(3, 3, 3, 2))), jnp.array([0, 3, 1])
+
+        def cross_entropy(params, x):
+            z = apply(params, x)
+            return jax.nn.logsumexp(z, -1) - jnp.take_along_axis(z, y[:, None], 1)[:, 0]
+
+        @jax.jit
+        def loss(params):
+            def slope(p):
+                return jax.grad(lambda x: cross_entropy(p, x).sum())(x)
+
+            distance = jnp.mean((slope(params) - slope(teacher)) ** 2)
+            return cross_entropy(params, x).mean() + 2.0 * distance
+
+        gradient = jax.jit(jax.grad(loss))(student)
+        for name, leaf in student.items():
+            for at in [(0, 0), (leaf.shape[0] - 1, leaf.shape[1] - 1), (1, 2)]:
+                ends = [loss({**student, name: leaf.at[at].add(s)}) for s in (1e-5, -1e-5)]
+                np.testing.assert_allclose(
+                    gradient[name][at], (ends[0] - ends[1]) / 2e-5, rtol=1e-4, atol=1e-9
+                )
+        # and the library's own float32 gradient of that loss
+        ours = jax.grad(
+            lambda p: (
+                d.cross_entropy(apply(p, x), y)
+                + d.gradient_attention(
+                    lambda x: apply(p, x), lambda x: apply(teacher, x), x, y, beta=4.0
+                )
+            )
+        )(student)
+        for name, leaf in gradient.items():
+            np.testing.assert_allclose(ours[name], leaf, atol=1e-4 * float(jnp.abs(leaf).max()))

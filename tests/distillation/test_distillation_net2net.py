@@ -220,7 +220,7 @@ def test_refusals():
         D.widen(jax.random.key(0), model, graph, "c1", 7)
     with pytest.raises(KeyError, match="Did you mean 'c1'"):
         D.widen(jax.random.key(0), model, graph, "c11", 9)
-    with pytest.raises(ValueError, match="can't be pruned"):
+    with pytest.raises(ValueError, match="'fc2' can't be widened exactly: .* is fixed"):
         D.widen(jax.random.key(0), model, graph, "fc2", 9)
     with pytest.raises(ValueError, match="noise is -1"):
         D.widen(jax.random.key(0), model, graph, "c1", 9, noise=-1.0)
@@ -228,6 +228,30 @@ def test_refusals():
         D.widen(jax.random.key(0), surgery.abstract(model), graph, "c1", 9)
     with pytest.raises(ValueError, match="another model"):
         D.widen(jax.random.key(0), make(), graph, "c1", 9)
+
+
+@pytest.mark.method("net2wider")
+def test_local_response_normalization_is_refused_by_name():
+    """A copy beside a channel changes its neighbours' sums of squares."""
+
+    class Normalized(nnx.Module):
+        def __init__(self, rngs):
+            self.conv1 = nnx.Conv(3, 6, (3, 3), rngs=rngs)
+            self.conv2 = nnx.Conv(6, 4, (3, 3), rngs=rngs)
+            self.fc = nnx.Linear(4, 5, rngs=rngs)
+
+        def __call__(self, x):
+            x = cnnjax.models.pools.local_response_norm(nnx.relu(self.conv1(x)))
+            return self.fc(nnx.relu(self.conv2(x)).mean((1, 2)))
+
+    model = zoo.fill(nnx.eval_shape(lambda: Normalized(nnx.Rngs(0))))
+    x = images()
+    graph = G.trace(model, x)
+    with pytest.raises(ValueError, match="'conv1' can't be widened exactly: .*local_response_norm"):
+        D.widen(jax.random.key(0), model, graph, "conv1", 9)
+    wide, _ = D.widen(jax.random.key(0), model, graph, "conv2", 7)  # behind it: as ever
+    want = outputs(model, x)
+    np.testing.assert_allclose(outputs(wide, x), want, atol=1e-5 * np.abs(want).max())
 
 
 @pytest.mark.method("net2wider")

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from cnnjax import distillation as kt
-from cnnjax import models, training
+from cnnjax import models, training, tree
 from cnnjax.distillation import DistillConfig
 from cnnjax.pipeline.stages import Distill
 
@@ -180,3 +180,63 @@ def test_two_stages_split_the_terms():
     assert one.neurons == (VECTOR,)
     assert (two.hint_weight, two.hints, two.neuron_weight, two.neurons) == (0.0, (), 0.0, ())
     assert (two.attention, two.gradient_beta, two.hard) == ((ONE,), 1.0, 0.5)
+
+
+@pytest.mark.method("attention_transfer_gradient")
+def test_input_gradients_are_taken_with_running_statistics():
+    """In training mode an image's gradient would hold its neighbours' share of the batch's."""
+
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.conv = nnx.Conv(1, 4, (3, 3), rngs=rngs)
+            self.norm = nnx.BatchNorm(4, rngs=rngs)
+            self.head = nnx.Linear(4, 10, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(jax.nn.softplus(self.norm(self.conv(x))).mean((1, 2)))
+
+    def make(seed):
+        model = Normed(nnx.Rngs(seed))
+        model.norm.mean[...] = jnp.asarray(np.random.default_rng(seed).normal(size=4), jnp.float32)
+        return model
+
+    student, teacher = make(1), make(2)
+    guide = kt.Teacher(teacher)
+    net, params, stats = training.split_network(student)
+    loss = kt.distillation_loss(TERMS["gradient"], guide)
+    context = types.SimpleNamespace(step=0, constants={"teacher": guide.constants})
+
+    def numbers(model):
+        p = training.split_network(model)[1:]
+        p = {k: np.asarray(v, np.float64) for part in p for k, v in tree.flatten(part).items()}
+        scale = p["norm/scale"] / np.sqrt(p["norm/var"] + 1e-5)
+        return p, scale
+
+    def by_hand(model, x, y):
+        """One image at a time, the statistics constants: central differences in float64."""
+        p, scale = numbers(model)
+
+        def value(x):
+            x = np.pad(x[..., 0], 1)
+            z = sum(
+                x[i : i + 8, j : j + 8, None] * p["conv/kernel"][i, j, 0]
+                for i in range(3)
+                for j in range(3)
+            )
+            z = (z + p["conv/bias"] - p["norm/mean"]) * scale + p["norm/bias"]
+            z = np.log1p(np.exp(z)).mean((0, 1)) @ p["head/kernel"] + p["head/bias"]
+            return np.log(np.exp(z).sum()) - z[y]
+
+        x, out = np.asarray(x, np.float64), np.zeros(x.shape)
+        for at in np.ndindex(*x.shape):
+            step = np.zeros(x.shape)
+            step[at] = 1e-5
+            out[at] = (value(x + step) - value(x - step)) / 2e-5
+        return out
+
+    pairs = list(zip(BATCH["image"], np.asarray(BATCH["label"]), strict=True))
+    ours, theirs = (np.stack([by_hand(m, x, y) for x, y in pairs]) for m in (student, teacher))
+    want = 0.5 * np.mean((ours - theirs) ** 2)
+    # the step's own model is in training mode, as in every run
+    call = jax.jit(lambda p: loss(net.model(p, stats, train=True), BATCH, context)[1]["gradient"])
+    np.testing.assert_allclose(call(params), want, rtol=1e-4)
