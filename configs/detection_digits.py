@@ -17,8 +17,8 @@ background) stood below the same student alone; on this one they were not tried.
 
     python configs/detection_digits.py --workdir runs/detection_digits
 
-Every finished part stays in the work folder, and the command goes on
-where it was interrupted. Expected: distilled above alone, and the teacher far above both.
+Every finished part stays in the work folder, and the command goes on where it was interrupted;
+``--kinds`` and ``--seeds`` do a part, which joins the result file's others of the same teacher. Expected: distilled above alone, and the teacher far above both.
 
 What `scripts/update_results.py` found in ``configs/results/detection_digits.json``:
 """
@@ -230,7 +230,13 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="also the trials of the weights")
     parser.add_argument("--reduced", type=int, default=1, help="divide sets and steps by this")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="the table of stored runs, anew")
     args = parser.parse_args()
+    if args.table:
+        old = json.loads(args.out.read_text())
+        options = {"reduced": old["reduced"], "environment": old["environment"]}
+        report.write_result(record(old["runs"], old["trials"], **options), args.out)
+        return
     args.workdir.mkdir(parents=True, exist_ok=True)
     for part in (*SEEN.values(), *TESTS.values()):
         part["count"] //= args.reduced
@@ -241,13 +247,29 @@ def main() -> None:
     trials = tune(args, teacher, {"validation": tests["validation"]}) if args.tune else []
     last = {"test": tests["test"]}
     runs = [{"name": "teacher", "seed": 100, **measure(teacher, last)}]
+    if args.out.exists():  # what else is known of students of this very teacher
+        old = json.loads(args.out.read_text())
+        asked = {(kind, seed) for kind in args.kinds for seed in args.seeds}
+        if old["runs"][0] == runs[0] and old["reduced"] == (args.reduced > 1):
+            runs += [r for r in old["runs"][1:] if (r["name"], r["seed"]) not in asked]
     for seed in args.seeds:
         for kind in args.kinds:
             runs.append(student(args, kind, seed, KINDS[kind], teacher, last))
-            report.write_result(record(args, runs, trials), args.out)
+            report.write_result(record(runs, trials, reduced=args.reduced > 1), args.out)
 
 
-def record(args: Any, runs: list[dict[str, Any]], trials: Any) -> dict[str, Any]:
+def against(kept: dict[str, list[dict[str, Any]]], name: str) -> str:
+    """Mean difference in mAP to the student alone over common seeds, and how many are above."""
+    theirs = {run["seed"]: run["test_map"] for run in kept.get("alone", ())}
+    gains = [r["test_map"] - theirs[r["seed"]] for r in kept[name] if r["seed"] in theirs]
+    if name in ("teacher", "alone") or not gains:
+        return ""
+    return f"{100 * np.mean(gains):+.2f} ({sum(g > 0 for g in gains)} of {len(gains)})"
+
+
+def record(
+    runs: list[dict[str, Any]], trials: Any, *, reduced: bool, environment: Any = None
+) -> dict[str, Any]:
     """The result file: a table of the last epoch's figures, and every run."""
     names = list(dict.fromkeys(run["name"] for run in runs))
     kept = {name: [run for run in runs if run["name"] == name] for name in names}
@@ -267,7 +289,7 @@ def record(args: Any, runs: list[dict[str, Any]], trials: Any) -> dict[str, Any]
             )
         ]
         size = [report.human(cost["params"]), report.human(cost["macs"]), len(kept[name])]
-        rows.append([name, *cells, *size])
+        rows.append([name, cells[0], against(kept, name), *cells[1:], *size])
     return {
         "format": report.TABLE,
         "name": "detection_digits",
@@ -276,13 +298,16 @@ def record(args: Any, runs: list[dict[str, Any]], trials: Any) -> dict[str, Any]
         f"{SEEN['teacher']['count']} scenes, the students on {SEEN['student']['count']} others, "
         f"'taught' and 'labelled' also on {SEEN['unlabelled']['count']} that the teacher labels",
         "seeds": sorted({r["seed"] for r in runs if r["name"] != "teacher"}),
-        "reduced": args.reduced > 1,
-        "header": ["detector", "mAP@0.5 %", "11 points", "COCO-like", "params", "MACs", "runs"],
+        "reduced": reduced,
+        "header": [
+            "detector", "mAP@0.5 %", "to alone (seeds above)", "11 points", "COCO-like", "params",
+            "MACs", "runs",
+        ],
         "rows": rows,
         "trials": trials,
         "runs": runs,
-        "environment": report.environment(),
-    }
+        "environment": environment or report.environment(),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":
