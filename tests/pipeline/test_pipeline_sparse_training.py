@@ -9,7 +9,16 @@ import pytest
 from flax import nnx
 
 from cnnjax import data, graph, models, pipeline, pruning, training
-from cnnjax.pipeline.stages import Gates, Proximal, ShrinkDead, Surgery, Threshold
+from cnnjax.pipeline.stages import (
+    Gates,
+    Penalized,
+    Proximal,
+    Regrow,
+    ShrinkDead,
+    Surgery,
+    Threshold,
+    Train,
+)
 
 SIZES = [(64, 24), (24, 16), (16, 10)]
 
@@ -95,6 +104,46 @@ def test_structured_training_ends_in_a_smaller_network(digits_dir, tmp_path, kin
         assert trained["metrics"]["active"]["denses/1/kernel"] >= widths[0]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "strength", "cut"),
+    [
+        pytest.param(
+            "group", {"filter": 0.05}, 0.3, marks=pytest.mark.method("structured_sparsity_learning")
+        ),
+        pytest.param("hyperbolic", 0.1, 1.5, marks=pytest.mark.method("weight_decay_biases")),
+        pytest.param("l1", 2e-3, 1e-2, marks=pytest.mark.method("sparse_objective")),
+    ],
+)
+def test_penalties_from_a_config_then_a_cut_and_training_on(
+    digits_dir, tmp_path, kind, strength, cut
+):
+    first = Penalized(recipe(12.0), kind, strength, cut=cut, include=("denses/*/kernel",))
+    stages = {"penalized": first, "tuned": Train(recipe(3.0)), "small": ShrinkDead()}
+    found, arrays = run(digits_dir, tmp_path, stages)
+    w = arrays["penalized"]["denses/0/kernel"]
+    assert (w == 0).any()
+    # the cut is what the stage's own words say
+    size = {"group": np.linalg.norm(w, axis=0), "hyperbolic": np.abs(w).sum(0), "l1": np.abs(w)}
+    assert (size[kind][size[kind] > 0] > cut).all()
+    np.testing.assert_array_equal(arrays["tuned"]["denses/0/kernel"] == 0, w == 0)
+    assert found[1]["accuracy"] > 0.9
+    np.testing.assert_allclose(found[2]["accuracy"], found[1]["accuracy"], atol=1e-6)
+    if kind != "l1":
+        assert len(arrays["small"]["denses/0/bias"]) == int((size[kind] > 0).sum()) < 24
+
+
+@pytest.mark.parametrize("method", ["rigl", pytest.param("set", marks=pytest.mark.slow)])
+def test_sparse_from_the_start_keeps_its_density_and_learns(digits_dir, tmp_path, method):
+    stage = Regrow(recipe(8.0), density=0.3, method=method, every=20)
+    (found,), arrays = run(digits_dir, tmp_path, {"regrow": stage})
+    sizes = {p: w.size for p, w in arrays["regrow"].items() if p.endswith("kernel")}
+    left = {p: int((arrays["regrow"][p] != 0).sum()) for p in sizes}
+    assert sum(left.values()) <= round(0.3 * sum(sizes.values())) + len(sizes)
+    assert sum(left.values()) > 0.27 * sum(sizes.values())  # a grown weight may still be 0
+    assert found["accuracy"] > 0.85
+
+
 def test_dead_channels_are_those_that_nothing_makes_or_nothing_reads():
     model = models.create("plain_cnn", rngs=nnx.Rngs(0), widths=(6, 5), hidden=(7,))
     model.eval()
@@ -129,7 +178,19 @@ def test_bad_settings_are_refused_before_any_work():
         Gates(gates={"head/kernel": "filtre"})
     with pytest.raises(ValueError, match="unknown operator"):
         Proximal(kind="l3")
+    with pytest.raises(ValueError, match="'group_l1'.*Did you mean 'group'"):
+        Penalized(kind="group_l1")
+    with pytest.raises(ValueError, match="takes {granularity: weight}"):
+        Penalized(kind="group", strength=0.1)
+    with pytest.raises(ValueError, match="takes a number"):
+        Penalized(kind="l1", strength={"filter": 0.1})
+    with pytest.raises(ValueError, match="'rig'.*Did you mean 'rigl'"):
+        Regrow(method="rig")
+    with pytest.raises(ValueError, match="density must lie in"):
+        Regrow(density=0.0)
     params = {"head": {"kernel": jnp.ones((3, 2))}}
+    with pytest.raises(ValueError, match="'q' matches nothing"):
+        Penalized(strength={"filter": 0.1}, include=("q",)).check(params)
     with pytest.raises(ValueError, match="gates is empty"):
         Gates().check(params)
     with pytest.raises(KeyError, match="'fc/kernel'"):

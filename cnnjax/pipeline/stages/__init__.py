@@ -11,6 +11,7 @@ from cnnjax.pipeline.stages.distill import Distill, KeepTeacher, RecallTeacher
 from cnnjax.pipeline.stages.factorize import Factorize, LayerRule
 from cnnjax.pipeline.stages.fisher_distill import FisherDistill
 from cnnjax.pipeline.stages.layerwise import Layerwise
+from cnnjax.pipeline.stages.penalized import Penalized, Regrow
 from cnnjax.pipeline.stages.pretrain_blocks import PretrainBlocks
 from cnnjax.pipeline.stages.pretrained import Pretrained
 from cnnjax.pipeline.stages.prune import Prune
@@ -39,6 +40,7 @@ __all__ = [
     "KeepTeacher",
     "LayerRule",
     "Layerwise",
+    "Penalized",
     "PretrainBlocks",
     "Pretrained",
     "Proximal",
@@ -46,6 +48,7 @@ __all__ = [
     "Quantize",
     "RecallTeacher",
     "Reconstruct",
+    "Regrow",
     "Select",
     "ShrinkDead",
     "Surgery",
