@@ -18,7 +18,8 @@ background) stood below the same student alone; on this one they were not tried.
     python configs/detection_digits.py --workdir runs/detection_digits
 
 Every finished part stays in the work folder, and the command goes on where it was interrupted;
-``--kinds`` and ``--seeds`` do a part, which joins the result file's others of the same teacher. Expected: distilled above alone, and the teacher far above both.
+``--kinds`` and ``--seeds`` do a part, which joins the result file's others of the same teacher.
+Expected: distilled above alone, and the teacher far above both.
 
 What `scripts/update_results.py` found in ``configs/results/detection_digits.json``:
 """

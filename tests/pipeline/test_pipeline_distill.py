@@ -187,7 +187,12 @@ def test_refusals(digits_dir, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "shape"),
-    [("digits_distill", (1, 8, 8, 1)), ("cifar10_resnet56_to_resnet20_kd", (1, 32, 32, 3))],
+    [
+        ("digits_distill", (1, 8, 8, 1)),
+        ("cifar10_resnet56_to_resnet20_kd", (1, 32, 32, 3)),
+        ("cifar10_fsp_transfer", (1, 32, 32, 3)),
+        ("cifar10_gradient_attention_transfer", (1, 32, 32, 3)),
+    ],
 )
 def test_configs_name_layers_that_exist(root, name, shape):
     run = pipeline.from_config(pipeline.load_config(root / "configs" / f"{name}.py"))
