@@ -270,7 +270,9 @@ def write(
     runs = [r for r in _runs(path, scale) if r["method"] in methods]
     runs = [r for r in runs if (r["method"], r["seed"]) != (found["method"], found["seed"])]
     runs = sorted([*runs, found], key=lambda r: (order.index(r["method"]), r["seed"]))
-    rows = []
+    rows = magnitude(path.parent / f"{path.stem.replace('methods_', '')}.json")
+    if scale != 1:
+        note += f". Every training is shortened to {scale:g} of the epochs in the config"
     for name, method in methods.items():
         own = [r for r in runs if r["method"] == name]
         if own:
@@ -293,6 +295,24 @@ def write(
         "environment": report.environment(),
     }  # fmt: skip
     report.write_result(record, path)
+
+
+def magnitude(path: pathlib.Path) -> list[list[str]]:
+    """The row of magnitude pruning, from the result file of its own config."""
+    if not path.exists():
+        return []
+    record = json.loads(path.read_text())
+    stages = {s["name"]: s for s in record["stages"]}
+    dense, error = (
+        report.spread({k: 100 * v for k, v in stages[n]["error"].items()})
+        for n in ("dense", "pruned")
+    )
+    left = f"{report.spread(stages['pruned']['compression'])}x"
+    published = record["expected"]["pruned"]
+    return [
+        ["magnitude", dense, error, f"{100 * published['error']:.2f}", left,
+         f"{published['compression']:g}x (Han et al. 2015)", str(len(record["seeds"]))],
+    ]  # fmt: skip
 
 
 def spread(values: Sequence[float]) -> str:
