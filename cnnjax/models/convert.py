@@ -132,8 +132,8 @@ def _layout(array: np.ndarray, target: _Target) -> np.ndarray | None:
         if array.ndim == 4:
             array = array.transpose(2, 3, 1, 0)
     elif len(want) == 2:
-        if array.ndim == 4 and array.shape[2:] == (1, 1):
-            array = array[:, :, 0, 0]
+        if array.ndim == 4:  # a dense layer kept as a convolution over the whole map
+            array = array.reshape(array.shape[0], -1)
         if array.ndim == 2:
             array = array.T
             if target.flattened and array.shape == want:

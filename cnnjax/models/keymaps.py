@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from cnnjax.models import keymaps_efficient as efficient
+from cnnjax.models import keymaps_timm as timm
 
 Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
@@ -69,6 +70,15 @@ _DENSENET: Rules = (
     (r"^fc$", "classifier"),
 )
 
+
+def _vggs(stages: tuple[int, ...], norm: bool) -> tuple[Layout, ...]:
+    rules = _vgg(stages, norm)
+    return Layout(rules), Layout(rules + timm.VGG_HEAD)
+
+
+# symmetric padding and PyTorch's epsilon, where the registry has Keras'
+_TORCH = (("padding", "torch"), ("bn_epsilon", 1e-5), ("bn_momentum", 0.9))
+
 # glob over our names -> layouts
 _LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "resnet*_cifar": (
@@ -80,16 +90,18 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "resnext*": (Layout(_DOWNSAMPLE),),
     "wide_resnet*": (Layout(_DOWNSAMPLE),),
     "alexnet": (Layout(_ALEXNET),),
-    "vgg16": (Layout(_vgg((2, 2, 3, 3, 3), False)),),
-    "vgg16_bn": (Layout(_vgg((2, 2, 3, 3, 3), True)),),
-    "vgg19": (Layout(_vgg((2, 2, 4, 4, 4), False)),),
-    "vgg19_bn": (Layout(_vgg((2, 2, 4, 4, 4), True)),),
+    "vgg16": _vggs((2, 2, 3, 3, 3), False),
+    "vgg16_bn": _vggs((2, 2, 3, 3, 3), True),
+    "vgg19": _vggs((2, 2, 4, 4, 4), False),
+    "vgg19_bn": _vggs((2, 2, 4, 4, 4), True),
     "densenet[0-9]*": (Layout(_DENSENET),),
     "googlenet": (Layout(efficient.GOOGLENET),),
     "inception_v3": (Layout(efficient.INCEPTION_V3, (("count_include_pad", True),)),),
     "inception_v4": (Layout(efficient.INCEPTION_V4),),
     "inception_resnet_v2": (Layout(efficient.INCEPTION_RESNET_V2),),
-    "mobilenet_v2*": (Layout(efficient.MOBILENET_V2),),
+    "mobilenet_v2*": (Layout(efficient.MOBILENET_V2), Layout(timm.MOBILENET_V2)),
+    "mobilenet_v1*": (Layout(timm.MOBILENET_V1, (*_TORCH, ("activation", "relu6"))),),
+    "xception": (Layout(timm.XCEPTION, _TORCH),),
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import jax
 import jax.numpy as jnp
 import models_a_oracle as oracle
@@ -174,6 +176,33 @@ def test_a_scanned_network_equals_the_unrolled_one():
     a = plain.layer2[2].bn2.mean[...]
     b = scanned.layer2[1].repeated.bn2.mean[...][1]
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.method("resnet_cifar")
+def test_1202_layers_compile_like_a_few():
+    """The training step's program doesn't grow with the depth, and compiles in seconds."""
+
+    def lowered(**fields):
+        model = models.abstract("resnet1202_cifar", **fields)
+        model.train()
+        graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+
+        def step(params, rest, x):
+            def loss(params):
+                m = nnx.merge(graphdef, params, rest, copy=True)
+                return jnp.mean(jnp.square(m(x))), nnx.state(m, nnx.BatchStat)
+
+            return jax.grad(loss, has_aux=True)(params)
+
+        x = jax.ShapeDtypeStruct((8, 32, 32, 3), jnp.float32)
+        return jax.jit(step).lower(params, rest, x)
+
+    deep, shallow = lowered(), lowered(blocks_per_stage=4)
+    assert len(deep.as_text()) < 1.1 * len(shallow.as_text())
+    begin = time.process_time()
+    deep.compile()
+    assert time.process_time() - begin < 60
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,18 @@ import cnnjax
 from cnnjax import graph, models, pruning, training, tree
 
 QUICK = ("lenet_5_caffe", "resnet20_cifar", "densenet_40_12")
+# variants with parts of their own
+MORE = [
+    ("highway_10", 12, {"stages": ((4, 1, 3), (4, 1, 2)), "stage_dropout": (0.3, 0.5),
+                        "image_size": 12}),
+    ("preact_resnet200", 32, {"stages": (1, 1), "widths": (8, 16), "stem_width": 8}),
+    ("rir_18_wide_projection", 8, {"stages": (1, 1), "width": 4}),
+    ("nin_imagenet", 67, {}),
+    ("fractalnet34", 32, {"widths": (8, 8), "columns": 2}),
+]  # fmt: skip
 ROWS = [
     pytest.param(*row, id=row[0], marks=() if row[0] in QUICK else pytest.mark.slow)
-    for row in SMALL
+    for row in [*SMALL, *MORE]
 ]
 EVERY = pytest.mark.parametrize(("name", "size", "fields"), ROWS)
 
@@ -62,6 +71,11 @@ def test_training_is_traced_once_and_the_same_on_eight_devices(name, size, field
         assert np.all(np.isfinite(grad)), path
     # other values, the state of the step before: nothing is traced again
     step(params, new, images(name, size, 8, seed=1))
+    # what the network itself makes of roundings: where batch norms see 8 numbers a channel (the
+    # Inceptions' last maps have one pixel here) they grow
+    noise = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+    own = relative(grads, step(params, rest, x * (1 + 1e-6 * noise))[1])
+    assert own < 0.05
     assert len(traces) == 1
     mesh = training.data_mesh()
     assert mesh.size == 8
@@ -70,7 +84,7 @@ def test_training_is_traced_once_and_the_same_on_eight_devices(name, size, field
     state = jax.device_put((params, rest), everywhere)
     (loss8, new8), grads8 = step(*state, jax.device_put(x, split))
     np.testing.assert_allclose(loss8, loss, rtol=1e-4)
-    assert relative(grads, grads8) < 1e-3
+    assert relative(grads, grads8) < max(1e-3, 4 * own)
     stats, stats8 = (jax.tree.leaves(nnx.filter_state(s, nnx.BatchStat)) for s in (new, new8))
     if stats:
         assert relative(stats, stats8) < 1e-4
