@@ -1,12 +1,14 @@
 """Time each formulation of depthwise, grouped and 1x1 convolution against the native one.
 
-    python benchmarks/conv_forms.py [--out FILE] [--rounds 7] [--quick] [--networks]
+    python benchmarks/conv_forms.py [--out FILE] [--rounds 7] [--quick] [--networks] [--only 3 4]
 
 For each layer shape and each part (forward, gradient of the input, gradient of the kernel) the
 forms run in turn, ``--rounds`` times, and the fastest round of each counts: on a shared machine the
 minimum is what the code needs. Only ratios are written (native time / form time: above 1, the form
-is faster). The choice in ``cnnjax/ops/choice.py`` follows these figures. ``--networks`` compares
-whole networks, forward and gradient, with every convolution native against the chosen forms.
+is faster; of channel shuffle, native is the transposition). The choice in ``cnnjax/ops/choice.py``
+follows these figures. ``--networks`` compares whole networks, forward and gradient, with every
+convolution native and the shuffle a transposition against the chosen forms. ``--only`` measures
+some cases again, by number; the file's other rows stay.
 """
 
 from __future__ import annotations
@@ -24,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnnjax import models
-from cnnjax.ops import choice, primitives
+from cnnjax import models, ops
+from cnnjax.ops import choice, primitives, shuffle
 from cnnjax.ops.geometry import ConvSpec
 
 SAME = {1: ((0, 0), (0, 0)), 3: ((1, 1), (1, 1)), 5: ((2, 2), (2, 2)), 7: ((3, 3), (3, 3))}
@@ -73,6 +75,8 @@ CASES = [
     (32, 4, 512, 512, 3, 1, 1),
     (32, 4, 128, 128, 5, 1, 1),
 ]
+# channel shuffle of ShuffleNet's inner maps: (batch, size, channels, groups)
+SHUFFLES = [(8, 28, 60, 3), (8, 14, 120, 3), (1, 14, 120, 3), (8, 28, 96, 8), (8, 7, 384, 8)]
 FORMS = {
     "depthwise": ("native", "shift"),
     "grouped": ("native", "dot"),
@@ -155,6 +159,53 @@ def measure(case: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
+def _permuted(x: jax.Array, groups: int) -> jax.Array:
+    """Channel shuffle as a gather."""
+    order = np.arange(x.shape[-1]).reshape(groups, -1).T.reshape(-1)
+    return jnp.take(x, order, axis=-1, mode="clip", unique_indices=True)
+
+
+def measure_shuffle(case: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
+    """Ratios transposition / form of one channel shuffle and its transpose."""
+    n, size, channels, groups = case
+    x = jax.device_put(
+        np.random.default_rng(0).standard_normal((n, size, size, channels), np.float32)
+    )
+    forms = {"native": shuffle.transposed, "stack": shuffle.stacked, "gather": _permuted}
+    chosen = choice.choose_shuffle(channels, groups, platform=jax.default_backend())
+    rows = []
+    for part in ("forward", "input_grad"):
+        best, built = {}, {}
+        for form, rearrange in forms.items():
+
+            def run(x: Any, rearrange: Any = rearrange) -> Any:
+                return rearrange(x, groups)
+
+            if part == "input_grad":
+                run = jax.linear_transpose(run, x)
+            built[form] = jax.jit(run)
+            jax.block_until_ready(built[form](x))
+            best[form] = float("inf")
+        for _ in range(rounds):
+            for form, fn in built.items():
+                best[form] = min(best[form], _once(fn, (x,), 20))
+        ratios = {f: round(best["native"] / t, 2) for f, t in best.items() if f != "native"}
+        rows.append(
+            {
+                "kind": "shuffle",
+                "part": part,
+                "batch": n,
+                "size": size,
+                "channels": channels,
+                "groups": groups,
+                "native_over_form": ratios,
+                "chosen": chosen,
+                "chosen_over_best": round(best[chosen] / min(best.values()), 2),
+            }
+        )
+    return rows
+
+
 # (name, image size, batch, fields)
 NETWORKS: list[tuple[str, int, int, dict[str, Any]]] = [
     ("mobilenet_v1", 96, 8, {}),
@@ -170,10 +221,12 @@ NETWORKS: list[tuple[str, int, int, dict[str, Any]]] = [
 def _network(name: str, size: int, batch: int, fields: dict[str, Any], native: bool) -> Any:
     """Compiled evaluation pass and gradient of a network, with their arguments."""
     model = models.create(name, rngs=nnx.Rngs(0), **fields)
+    shuffled = ops.channel_shuffle
     if native:
         for _, layer in nnx.iter_graph(model):
             if isinstance(layer, nnx.Conv):
                 layer.conv_general_dilated = jax.lax.conv_general_dilated
+        ops.channel_shuffle = shuffle.transposed
     x = jnp.asarray(np.random.default_rng(0).standard_normal((batch, size, size, 3)), jnp.float32)
     parts = {}
     for part in ("forward", "gradient"):
@@ -190,6 +243,7 @@ def _network(name: str, size: int, batch: int, fields: dict[str, Any], native: b
         start = time.perf_counter()
         compiled = fn.lower(params, x).compile()
         parts[part] = (compiled, (params, x), time.perf_counter() - start)
+    ops.channel_shuffle = shuffled
     return parts
 
 
@@ -230,28 +284,37 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="every fourth case only")
     parser.add_argument("--networks", action="store_true", help="whole networks, not layers")
+    parser.add_argument("--only", type=int, nargs="+", help="numbers of the cases, from 0")
     args = parser.parse_args()
-    cases: list[Any] = NETWORKS if args.networks else CASES
-    cases = cases[:: 4 if args.quick else 1]
+    cases: list[Any] = NETWORKS if args.networks else [*CASES, *SHUFFLES]
     suffix = "_networks" if args.networks else ""
     out = pathlib.Path(args.out or f"benchmarks/results/conv_forms{suffix}.json")
     out.parent.mkdir(parents=True, exist_ok=True)
-    what = "one whole network" if args.networks else "one convolution"
-    rows: list[dict[str, Any]] = []
-    for done, case in enumerate(cases, 1):
-        new = (measure_network if args.networks else measure)(case, args.rounds)
-        rows += new
-        print(*map(json.dumps, new), sep="\n", flush=True)
+    what = "one whole network" if args.networks else "one convolution or channel shuffle"
+    # rows by case: those that are measured again are replaced
+    known: dict[int, list[dict[str, Any]]] = {}
+    if args.only and out.exists():
+        for row in json.loads(out.read_text())["rows"]:
+            known.setdefault(row["case"], []).append(row)
+    chosen = args.only or range(0, len(cases), 4 if args.quick else 1)
+    for number in chosen:
+        case = cases[number]
+        if args.networks:
+            new = measure_network(case, args.rounds)
+        else:
+            new = (measure_shuffle if len(case) == 4 else measure)(case, args.rounds)
+        known[number] = [{"case": number, **row} for row in new]
+        print(*map(json.dumps, known[number]), sep="\n", flush=True)
         record = {
             "what": f"native time / form time, best of interleaved rounds, {what} in float32",
             "backend": jax.default_backend(),
             "device": jax.devices()[0].device_kind,
             "machine": platform.machine(),
-            "cpu_count": os.cpu_count(),
+            "cores": len(os.sched_getaffinity(0)),
             "jax": jax.__version__,
             "rounds": args.rounds,
-            "reduced": args.quick or done < len(cases),
-            "rows": rows,
+            "reduced": len(known) < len(cases),
+            "rows": [row for key in sorted(known) for row in known[key]],
         }
         temporary = out.with_suffix(".tmp")
         temporary.write_text(json.dumps(record, indent=1) + "\n")

@@ -5,9 +5,11 @@
 Needs torch and torchvision beside jax. Both sides: float32, the same threads, random weights, one
 fixed batch; torch in channels-last memory, eager and, where a C++ compiler is found, compiled. The
 training step is cross-entropy, its gradient and SGD with momentum. ShuffleNet v1 isn't in
-torchvision: its torch twin is written out below. Times are the best of interleaved rounds; the file
-keeps ratios (torch / ours: above 1 ours is faster) and compile times in seconds. A run adds its
-networks to ``benchmarks/results/models_vs_torch.json``.
+torchvision: its torch twin is written out below. Times are the best of interleaved rounds (all
+sides once in each round, so that another program on the machine slows them alike); the file keeps
+ratios (torch / ours: above 1 ours is faster) and compile times in seconds; torch's is that of its
+first call. Each row says how many threads both sides had: as many as cores the process may use. A
+run adds its networks to ``benchmarks/results/models_vs_torch.json``.
 """
 
 from __future__ import annotations
@@ -175,6 +177,7 @@ def measure(
                 steps[part][0]()
                 best[key] = min(best[key], time.perf_counter() - begin)
         row: dict[str, Any] = {"network": name, "part": part, "batch": batch, "size": side}
+        row["threads"], row["rounds"] = torch.get_num_threads(), rounds
         row["torch_eager_over_ours"] = round(best["eager"] / best["ours"], 2)
         row["our_compile_seconds"] = round(sides["ours"][part][1], 1)
         if "compiled" in best:
@@ -192,11 +195,11 @@ def main() -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--size", type=int, help="image side; default: the network's own")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--eager", action="store_true", help="leave out torch.compile")
     parser.add_argument("--out", type=pathlib.Path, default=RESULTS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    # XLA sizes its pool so: both sides have the same threads
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for name in args.models:
         for batch in args.batches:
@@ -214,7 +217,6 @@ def main() -> None:
                 "jax": jax.__version__,
                 "torch": torch.__version__,
                 # a row without torch_compiled_over_ours was measured against eager torch alone
-                "rounds": args.rounds,
                 "reduced": args.size is not None,
                 "rows": rows,
             }

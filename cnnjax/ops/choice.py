@@ -1,12 +1,15 @@
 """Which formulation runs where: the one place that decides.
 
-The rules follow ``benchmarks/conv_forms.py`` (its ratios: ``benchmarks/results/conv_forms.json``),
-measured with XLA:CPU. There the native depthwise convolution is 2 to 80 times slower than shifted
-multiply-adds, the native kernel gradient of a grouped convolution 8 to 200 times slower than one
-matrix product a group, and 1x1 convolutions gain up to 4 times in the backward pass as matrix
-products. A dense convolution whose kernel has more taps than its map has pixels (3x3 on 2x2, as in
-the last stage of a CIFAR VGG) leaves XLA's fast path: 10 to 30 times slower than matrix products.
-On GPU and TPU the native form stands until a measurement there beats it.
+The rules follow ``benchmarks/conv_forms.py``; its ratios, measured with XLA:CPU on one core, are
+``benchmarks/results/conv_forms.json``, and a test holds these rules and sentences against them.
+There the native depthwise convolution is slower than shifted multiply-adds in every part of every
+case, mostly more than ten times; the native kernel gradient of a grouped convolution is more than
+five times slower than one matrix product a group, up to a hundred and more; 1x1 convolutions gain
+a little as matrix products, most in the gradient of the kernel. A dense convolution whose kernel
+has more taps than its map has pixels (3x3 on 2x2, as in the last stage of a CIFAR VGG) leaves XLA's
+fast path: more than ten times slower than matrix products. Channel shuffle by slices is mostly up
+to twice as fast as by transposition, and slower on the widest maps. On GPU and TPU nothing was
+measured: the native form stands until a measurement there beats it.
 """
 
 from __future__ import annotations
