@@ -67,7 +67,7 @@ from cnnjax.distillation.taps import (
     pair_features,
     tap_shapes,
 )
-from cnnjax.distillation.teachers import Targets, Teacher, check_classes
+from cnnjax.distillation.teachers import Targets, Teacher, check_classes, compare_classes
 
 __all__ = [
     "CachedStream",
@@ -95,6 +95,7 @@ __all__ = [
     "cache_stream",
     "center_prior",
     "check_classes",
+    "compare_classes",
     "contrastive",
     "cross_entropy",
     "deepen",

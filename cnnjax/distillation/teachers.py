@@ -200,8 +200,16 @@ def check_classes(student: nnx.Module, teacher: Teacher, example: Any) -> None:
     Raises:
       ValueError: names both counts.
     """
+    compare_classes(student, [teacher.member(i) for i in range(len(teacher))], example)
+
+
+def compare_classes(student: nnx.Module, teachers: Sequence[nnx.Module], example: Any) -> None:
+    """`check_classes` of modules, all of which may be abstract."""
+    found = {_classes(evaluation_mode(m), example) for m in teachers}
+    if len(found) > 1:
+        raise ValueError(f"the teachers give different numbers of classes: {sorted(found)}")
+    (theirs,) = found
     ours = _classes(evaluation_mode(student), example)
-    theirs = teacher.classes(example)
     if ours != theirs:
         raise ValueError(
             f"the student has {ours} classes, the teacher {theirs}: both must give logits over "

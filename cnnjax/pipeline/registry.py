@@ -14,8 +14,9 @@ A stage is a frozen dataclass (its configuration) with one method::
 ``run`` maps a network to a network and must be deterministic given ``context.seed``: a killed run
 is resumed by calling it again, and `Context.train` continues from its checkpoints. It may also
 define ``check(params)``, called with abstract parameters before any work to refuse what cannot fit
-(only on the first stages, before the structure changes), and set the class attribute
-``restructures = True`` if the returned network has other shapes.
+(only on the first stages, before the structure changes), ``foresee(known, data, described)``,
+which refuses what will not fit later and says what becomes of the network (see `Known`), and set
+the class attribute ``restructures = True`` if the returned network has other shapes.
 """
 
 from __future__ import annotations
@@ -43,6 +44,19 @@ class Carry:
     model: Any
     mask: PyTree = None
     extras: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What is known of the networks before any work.
+
+    Attributes:
+      model: abstract NNX module, or None: an earlier stage decides on its shapes.
+      teachers: likewise, those that were kept.
+    """
+
+    model: Any
+    teachers: tuple[Any, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

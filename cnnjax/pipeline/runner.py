@@ -22,7 +22,7 @@ from cnnjax.pipeline import store
 from cnnjax.pipeline.config import RunConfig, from_config, to_plain
 from cnnjax.pipeline.context import Context, write_json
 from cnnjax.pipeline.fields import image_shape, model_fields
-from cnnjax.pipeline.registry import Carry, Outcome
+from cnnjax.pipeline.registry import Carry, Known, Outcome
 
 
 def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) 
     described = data.info(cfg.data.name, cfg.data.data_dir or None)
     fields = model_fields(cfg.model, cfg.data, described)
     shape = models.abstract(cfg.model.name, **fields)
-    _check_stages(cfg, shape)
+    _check_stages(cfg, shape, described)
     report.check_floors(cfg.expected, list(cfg.stages))
     folder = training.check_workdir(workdir)
     plain = json.loads(json.dumps(to_plain(cfg)))
@@ -168,18 +168,23 @@ def _measure(
     }
 
 
-def _check_stages(cfg: RunConfig, shape: Any) -> None:
+def _check_stages(cfg: RunConfig, shape: Any, described: Any) -> None:
     params = nnx.to_pure_dict(nnx.state(shape, nnx.Param))
+    same, known = True, Known(shape)
     for name, stage in cfg.stages.items():
         if not name or "/" in name or name.startswith("."):
             raise ValueError(f"a stage's name becomes a folder: {name!r} does not do")
-        if getattr(stage, "restructures", False):
-            return  # what comes later sees other parameters
-        if hasattr(stage, "check"):
-            try:
+        restructures = getattr(stage, "restructures", False)
+        same = same and not restructures  # what comes later sees other parameters
+        try:
+            if same and hasattr(stage, "check"):
                 stage.check(params)
-            except ValueError as error:
-                raise ValueError(f"stages.{name}: {error}") from error
+            if hasattr(stage, "foresee"):
+                known = stage.foresee(known, cfg.data, described)
+            elif restructures:
+                known = Known(None, known.teachers)
+        except ValueError as error:
+            raise ValueError(f"stages.{name}: {error}") from error
 
 
 def _check_same_config(folder: pathlib.Path, plain: dict[str, Any]) -> None:

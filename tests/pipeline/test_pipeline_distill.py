@@ -185,6 +185,27 @@ def test_refusals(digits_dir, tmp_path):
         pipeline.run(config, tmp_path / "c", progress=False)
 
 
+def test_what_will_not_fit_is_refused_before_the_teacher_is_trained(digits_dir, tmp_path):
+    convs = pipeline.ModelSpec("plain_cnn", {"widths": (4, 4), "hidden": (8,)})
+
+    def refuse(student, loss, message, **stages):
+        before = {"teacher": Train(recipe(1e6)), "keep": KeepTeacher(), **stages}
+        config = make(digits_dir, {**before, "student": Distill(recipe(1.0), loss, student)})
+        with pytest.raises(ValueError, match=r"stages.student: " + message):
+            pipeline.run(config, tmp_path / "run", progress=False)
+        assert not (tmp_path / "run" / "seed0").exists()
+
+    hint = DistillConfig(hint_weight=1.0, hints=(("denses/1", "denses/0"),))
+    refuse(mlp(10), hint, "student: .*'denses/1' matches nothing")
+    refuse(
+        mlp(10), hint, "student: .*'denses/1'", again=KeepTeacher(add=True), back=RecallTeacher()
+    )
+    rank = DistillConfig(hint_weight=1.0, hints=(("convs/0", "denses/0"),))
+    refuse(convs, rank, "no adapter from 'convs/0'")
+    fewer = pipeline.ModelSpec("plain_mlp", {"hidden": (8,), "num_classes": 9})
+    refuse(fewer, DistillConfig(), "the student has 9 classes, the teacher 10")
+
+
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

@@ -15,15 +15,16 @@ from flax import nnx
 from cnnjax import data, distillation, models, pruning, training, tree
 from cnnjax.distillation import DistillConfig
 from cnnjax.errors import did_you_mean
-from cnnjax.pipeline.config import ModelSpec
+from cnnjax.pipeline.config import DataConfig, ModelSpec
 from cnnjax.pipeline.context import Context, Recipe
 from cnnjax.pipeline.fields import image_shape, model_fields
-from cnnjax.pipeline.registry import Carry, Outcome, stage
+from cnnjax.pipeline.registry import Carry, Known, Outcome, stage
 from cnnjax.pipeline.stages.distill_data import chosen_neurons, synthetic_stream
 from cnnjax.pipeline.stages.masking import mask_averages, params_of
 
 CACHES = ("none", "memory", "device", "disk")
 SYNTHETIC = ("none", "munge", "marginals")
+_NO_TEACHER = "the network has no teacher; put keep_teacher where it is whole, or name a student"
 
 
 @stage("keep_teacher")
@@ -37,6 +38,10 @@ class KeepTeacher:
 
     add: bool = False
     restructures = True  # it is run again after an interruption: a teacher is not on the disk
+
+    def foresee(self, known: Known, data_config: DataConfig, described: Any) -> Known:
+        """See `cnnjax.pipeline.registry`."""
+        return Known(known.model, (*(known.teachers if self.add else ()), known.model))
 
     def run(self, network: Carry, context: Context) -> Outcome:
         """See `cnnjax.pipeline.registry`."""
@@ -57,6 +62,11 @@ class RecallTeacher:
 
     index: int = 0
     restructures = True
+
+    def foresee(self, known: Known, data_config: DataConfig, described: Any) -> Known:
+        """See `cnnjax.pipeline.registry`."""
+        inside = 0 <= self.index < len(known.teachers)
+        return Known(known.teachers[self.index] if inside else None, known.teachers)
 
     def run(self, network: Carry, context: Context) -> Outcome:
         """See `cnnjax.pipeline.registry`.
@@ -143,6 +153,27 @@ class Distill:
         """Whether the network that goes on is another one."""
         return self.student is not None
 
+    def foresee(self, known: Known, data_config: DataConfig, described: Any) -> Known:
+        """See `cnnjax.pipeline.registry`: layers and classes of both networks, where known.
+
+        Raises:
+          ValueError: class counts that differ, taps that match nothing, maps without an adapter.
+        """
+        model, teachers = known.model, known.teachers
+        if self.student is not None:
+            teachers = teachers or (model,)
+            fields = model_fields(self.student, data_config, described)
+            model = models.abstract(self.student.name, **fields)
+        if self.loss.taught and not teachers:
+            raise ValueError(_NO_TEACHER)
+        if self.loss.taught and all(m is not None for m in (model, *teachers)):
+            example = jax.ShapeDtypeStruct((1, *image_shape(data_config, described)), np.float32)
+            distillation.compare_classes(model, teachers, example)
+            if self.loss.features:
+                plan = distillation.plan_distillation(self.loss, model, teachers[0], example)
+                jax.eval_shape(lambda: nnx.state(nnx.Dict(plan.adapters(nnx.Rngs(0)))))
+        return Known(model, teachers)
+
     def run(self, network: Carry, context: Context) -> Outcome:
         """See `cnnjax.pipeline.registry`.
 
@@ -159,10 +190,7 @@ class Distill:
         if not teachers and self.student is not None:
             teachers = (training.set_mode(network.model, train=False),)
         if not teachers and self.loss.taught:
-            raise ValueError(
-                f"stage {context.name!r}: the network has no teacher; put a keep_teacher stage "
-                "where it is still whole, or name a student"
-            )
+            raise ValueError(f"stage {context.name!r}: {_NO_TEACHER}")
         described = data.info(context.data.name, context.data.data_dir or None)
         shape = (1, *image_shape(context.data, described))
         example = jax.ShapeDtypeStruct(shape, np.float32)

@@ -8,10 +8,10 @@ import pathlib
 from flax import nnx
 
 from cnnjax import data, models
-from cnnjax.pipeline.config import ModelSpec
+from cnnjax.pipeline.config import DataConfig, ModelSpec
 from cnnjax.pipeline.context import Context
 from cnnjax.pipeline.fields import model_fields
-from cnnjax.pipeline.registry import Carry, Outcome, stage
+from cnnjax.pipeline.registry import Carry, Known, Outcome, stage
 
 
 @stage("pretrained")
@@ -29,6 +29,11 @@ class Pretrained:
     model: ModelSpec = dataclasses.field(default_factory=ModelSpec)
     skip: tuple[str, ...] = ()
     restructures = True
+
+    def foresee(self, known: Known, data_config: DataConfig, described: Any) -> Known:
+        """See `cnnjax.pipeline.registry`."""
+        fields = model_fields(self.model, data_config, described)
+        return Known(models.abstract(self.model.name, **fields), known.teachers)
 
     def run(self, network: Carry, context: Context) -> Outcome:
         """See `cnnjax.pipeline.registry`.
