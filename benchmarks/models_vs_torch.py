@@ -200,10 +200,11 @@ def main() -> None:
     args = parser.parse_args()
     # XLA sizes its pool so: both sides have the same threads
     torch.set_num_threads(len(os.sched_getaffinity(0)))
-    rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     for name in args.models:
         for batch in args.batches:
             new = measure(name, batch, args.size, args.rounds, args.eager)
+            # read anew: another run may have written in the meantime
+            rows = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
             keys = [(r["network"], r["part"], r["batch"], r["size"]) for r in new]
             rows = [
                 r for r in rows if (r["network"], r["part"], r["batch"], r["size"]) not in keys
