@@ -13,6 +13,7 @@ from cnnjax.pipeline.stages import (
     Gates,
     Penalized,
     Proximal,
+    Prune,
     Regrow,
     ShrinkDead,
     Surgery,
@@ -191,6 +192,10 @@ def test_bad_settings_are_refused_before_any_work():
     params = {"head": {"kernel": jnp.ones((3, 2))}}
     with pytest.raises(ValueError, match="'q' matches nothing"):
         Penalized(strength={"filter": 0.1}, include=("q",)).check(params)
+    for options in ({"sparsity": {"head/*": 0.9}}, {"sparsity": 0.9, "scope": "layer"}):
+        with pytest.raises(ValueError, match="0.9 would empty head/kernel .6 groups by 'weight'"):
+            Prune(**options).check(params)
+    Prune(sparsity={"head/*": 0.8}).check(params)
     with pytest.raises(ValueError, match="gates is empty"):
         Gates().check(params)
     with pytest.raises(KeyError, match="'fc/kernel'"):

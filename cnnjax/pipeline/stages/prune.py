@@ -7,6 +7,7 @@ pruning. Gradual (Zhu & Gupta 2017, 1710.01878): a little every few steps while 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -79,10 +80,22 @@ class Prune:
                 raise ValueError(f"need 0 <= begin < end <= 1 and every >= 1, got {self}")
 
     def check(self, params: PyTree) -> None:
-        """Refuses globs that match nothing before any work."""
+        """Refuses globs that match nothing and cuts that empty a layer before any work."""
         paths = pruning.masks.candidates(params, self.include, self.exclude)
         if isinstance(self.sparsity, Mapping):
             tree.check_patterns(list(self.sparsity), paths, what="sparsity pattern")
+        elif self.scope != "layer":
+            return  # what a global cut takes of a layer depends on the weights by then
+        flat = tree.flatten(params)
+        shares, _ = pruning.masks._pools(paths, self.sparsity, self.scope or None)
+        for path, share in shares.items():
+            shape = pruning.granularity.group_shape(flat[path].shape, self.granularity)
+            count = math.prod(shape)
+            if pruning.prune_count(share, count) >= count:
+                raise ValueError(
+                    f"sparsity {share} would empty {path} ({count} groups by "
+                    f"{self.granularity!r}): nothing would pass; lower it or exclude the layer"
+                )
 
     def run(self, network: Carry, context: Context) -> Outcome:
         """See `cnnjax.pipeline.registry`."""
