@@ -13,6 +13,12 @@ either (Bucila et al. 2006). Others: Ba & Caruana 2014 (1312.6184), Hinton et al
 Romero et al. 2015 (1412.6550), Zagoruyko & Komodakis 2017 (1612.03928), Yim et al. 2017, Luo et al.
 2016, Zhao et al. 2022 (2203.08679), Tian et al. 2020 (1910.10699), Chen et al. 2021 (2104.09044).
 
+About two and a half minutes a seed on one CPU core. Of three seeds, with 355 test images (one is
+0.28 points): logits, KD, DKD, hints and gradient attention stand above the student alone on the
+mean, DKD and gradient attention in every seed; attention maps and FSP stand below it, as do MUNGE's
+images, by far less than independent pixels. Only the networks of other shapes come near the
+teacher.
+
 What `scripts/update_results.py` found in ``configs/results/digits_transfer.json``:
 """
 
