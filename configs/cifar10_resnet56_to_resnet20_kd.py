@@ -20,9 +20,11 @@ A reduced run on one CPU core (half an hour a seed) takes part of the images and
 
 Expected from these papers: KD and attention transfer above the student alone. Seen in the reduced
 run, in which 186 steps leave every student far from its end, by two seeds: attention transfer and
-FSP 4 to 5 points above the student alone in both, DKD level with it, KD and FitNet below it on the
-mean and above or below it by seed; the teacher with maps removed keeps most of its accuracy. It
-doesn't say how they stand at the end. What `scripts/update_results.py` found in the result file:
+FSP 4 to 5 points above the student alone on the mean and above it in both, DKD level with it, KD
+above it in one and below it on the mean, FitNet below it in both; the teacher with maps removed
+keeps most of its accuracy. It doesn't say how they stand at the end.
+
+What `scripts/update_results.py` found in the result file:
 """
 
 # [measured]
