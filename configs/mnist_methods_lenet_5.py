@@ -6,8 +6,9 @@
 CPU, one core: about half a minute an epoch; dense 5 epochs, the methods 4 to 14 each, a fraction of
 what the papers train (gates: 14 here, 200 there, with ten times the learning rate). The recipes at
 full length are `mnist_surgery_lenet_5.py`, `mnist_gates_lenet_5.py` and `mnist_groups_lenet_5.py`.
-Every method and seed writes ``configs/results/mnist_methods_lenet_5.json`` when it is done.
-Magnitude pruning at 12x stands in `mnist_lenet_5.py`. Structured methods end in a really smaller
+Every method and seed writes ``configs/results/mnist_methods_lenet_5.json`` when it is done;
+``--scale 0.2`` shortens every training again, and the result file says so. Magnitude pruning at 12x
+is run by `mnist_lenet_5.py`. Structured methods end in a really smaller
 network, whose error is the one reported. Data: 60,000 and 10,000 images, no augmentation; no image
 of the test set was used to choose a setting.
 """
