@@ -270,7 +270,7 @@ def write(
     runs = [r for r in _runs(path, scale) if r["method"] in methods]
     runs = [r for r in runs if (r["method"], r["seed"]) != (found["method"], found["seed"])]
     runs = sorted([*runs, found], key=lambda r: (order.index(r["method"]), r["seed"]))
-    rows = magnitude(path.parent / f"{path.stem.replace('methods_', '')}.json")
+    rows = magnitude(path.with_name(path.name.replace("mnist_methods_", "mnist_")), path)
     if scale != 1:
         note += f". Every training is shortened to {scale:g} of the epochs in the config"
     for name, method in methods.items():
@@ -297,9 +297,9 @@ def write(
     report.write_result(record, path)
 
 
-def magnitude(path: pathlib.Path) -> list[list[str]]:
-    """The row of magnitude pruning, from the result file of its own config."""
-    if not path.exists():
+def magnitude(path: pathlib.Path, beside: pathlib.Path) -> list[list[str]]:
+    """The row of magnitude pruning, from the result file of its own config beside this one's."""
+    if path == beside or not path.exists():
         return []
     record = json.loads(path.read_text())
     stages = {s["name"]: s for s in record["stages"]}
