@@ -61,30 +61,32 @@ def mttkrp(tensor: Array, factors: Sequence[Array], mode: int) -> Float[Array, "
     return einsum(expression, tensor, *(factors[m] for m in others), optimize="optimal")
 
 
-def _fold(part: Array, factors: Sequence[Array], skip: int) -> Float[Array, "n r"]:
-    """Multiplies the factors into (n_0, ..., n_k, r) and sums over all modes but ``skip``."""
+def _fold(part: Array, factors: Sequence[Array], skip: int) -> Float[Array, "r n"]:
+    """Multiplies the factors (r, n_k) into (r, n_0, n_1, ...) and sums over all but ``skip``."""
     letters = string.ascii_lowercase[: len(factors)]
     others = [m for m in range(len(factors)) if m != skip]
-    if not others:
-        return part
-    expression = f"{letters}z," + ",".join(f"{letters[m]}z" for m in others)
-    expression += f"->{letters[skip]}z"
+    if len(factors) == 2 and part[0].size <= 49:  # a few taps: no call of a product
+        other = factors[1 - skip]
+        return (part * jnp.expand_dims(other, 1 + skip)).sum(2 - skip)
+    expression = f"z{letters}," + ",".join(f"z{letters[m]}" for m in others)
+    expression += f"->z{letters[skip]}"
     return einsum(expression, part, *(factors[m] for m in others), optimize="optimal")
 
 
-def _fold_leading(part: Array, leading: Sequence[Array]) -> Float[Array, "n r"]:
-    """Multiplies the leading factors into (n_0, ..., n_k, n, r) and sums over all but (n, r)."""
+def _fold_leading(part: Array, leading: Sequence[Array]) -> Float[Array, "r n"]:
+    """Multiplies the leading factors into (r, n_0, ..., n_k, n) and sums over all but (r, n)."""
     if not leading:
         return part
-    rank = part.shape[-1]
-    weights = jnp.ones((1, rank), part.dtype)
+    rank = part.shape[0]
+    weights = jnp.ones((rank, 1), part.dtype)
     for factor in leading:
-        weights = (weights[:, None] * factor[None]).reshape(-1, rank)
-    part = part.reshape(len(weights), -1, rank)
-    if len(weights) > 49:
-        return einsum("snr,sr->nr", part, weights)
+        weights = (weights[:, :, None] * factor[:, None]).reshape(rank, -1)
+    part = part.reshape(rank, weights.shape[1], -1)
+    if weights.shape[1] > 49:
+        return einsum("rsn,rs->rn", part, weights)
     # a few taps: one fused pass over the part
-    return functools.reduce(jnp.add, [p * w for p, w in zip(part, weights)])
+    taps = range(weights.shape[1])
+    return functools.reduce(jnp.add, [part[:, s] * weights[:, s, None] for s in taps])
 
 
 def gram_product(grams: Sequence[Array], skip: Sequence[int]) -> Array:
@@ -140,8 +142,9 @@ def cp_als(
     """CP by alternating least squares.
 
     Each factor solves its proximally damped normal equations
-    ``F (Gamma + mu I) = MTTKRP + mu F_old``; the damping leaves the fixed points where they are
-    and makes the error non-increasing, swamps and rank-deficient Grams included.
+    ``F (Gamma + mu D) = MTTKRP + mu F_old D``, D the diagonal of Gamma; the damping leaves the
+    fixed points where they are and makes the error non-increasing, swamps and rank-deficient Grams
+    included.
 
     Args:
       key: random key of the start.
@@ -149,7 +152,8 @@ def cp_als(
       rank: R, at least 1 and at most the product of all modes but the largest.
       sweeps: at most.
       tolerance: stop when the relative error changes less in a sweep.
-      ridge: mu, relative to the mean diagonal of Gamma.
+      ridge: mu; at least half the type's epsilon, and
+        ten times as much from the start again where that is too little.
       start: factors to start from instead of random ones.
 
     Returns:
@@ -213,96 +217,114 @@ def _als(
     if factors is None:
         factors = each(lambda k: random_factors(k, shape, rank, dtype))(keys)
     squared = each(lambda t: jnp.sum(t**2))(tensors)
-    # float32 can't factor a Gram matrix that is singular to its own rounding
+    # damping slows the fit, so it begins below what the type resolves
     eps = float(jnp.finfo(dtype).eps)
-    floor = max(ridge, 10 * eps)
+    floor = jnp.full((), max(ridge, eps / 2), dtype)
     cancelled = eps**0.5
     last = len(shape) - 1
     # two large products a sweep serve all modes: the tensor times the last factor for every mode
-    # but the last, and times the last but one for the last; their unfoldings are laid out once
-    by_last = each(lambda t: t.reshape(-1, shape[last]))(tensors)
-    by_other = each(lambda t: jnp.swapaxes(t, -1, -2).reshape(-1, shape[last - 1]))(tensors)
+    # but the last, and times the last but one for the last. Unfoldings are laid out once, with the
+    # summed mode in front: components in rows make every product read its arrays in order
+    by_last = each(lambda t: jnp.moveaxis(t, -1, 0).reshape(shape[last], -1))(tensors)
+    by_other = each(lambda t: jnp.moveaxis(t, -2, 0).reshape(shape[last - 1], -1))(tensors)
 
-    def exact(tensor: Array, factors: Factors) -> Array:
-        return jnp.sum((tensor - compose_cp(factors)) ** 2)
+    def exact(tensor: Array, rows: Factors) -> Array:
+        return jnp.sum((tensor - compose_cp([f.T for f in rows])) ** 2)
 
-    def step(carry):
-        factors, grams, error, _, count = carry
-        sweep = functools.partial(_sweep, shape=shape, floor=floor)
-        factors, grams, explained = each(sweep)(by_last, by_other, factors, grams)
-        # the error from the last update's pieces: no rebuilding of the tensor ...
-        residual = squared - explained
-        # ... unless it is so small that the difference above is all rounding
-        residual = jax.lax.cond(
-            jnp.any(residual < cancelled * squared),
-            lambda: each(exact)(tensors, factors),
+    def checked(residual: Array, rows: Factors, least: float) -> Array:
+        # a small difference of large numbers is all rounding: then from the residual itself
+        return jax.lax.cond(
+            jnp.any(residual < least * squared),
+            lambda: each(exact)(tensors, rows),
             lambda: residual,
         )
-        new = jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(squared, 1e-30))
-        return factors, grams, new, jnp.max(jnp.abs(error - new)), count + 1
 
+    def relative(residual: Array) -> Array:
+        return jnp.sqrt(jnp.maximum(residual, 0.0) / jnp.maximum(squared, 1e-30))
+
+    def step(carry: tuple[Any, ...], floor: Array) -> tuple[Any, ...]:
+        rows, grams, error, _, count = carry
+        sweep = functools.partial(_sweep, shape=shape, floor=floor)
+        rows, grams, explained = each(sweep)(by_last, by_other, rows, grams)
+        # the error from the last update's pieces: no rebuilding of the tensor
+        residual = squared - explained
+        if tolerance >= 0:  # else nobody looks at it between sweeps
+            residual = checked(residual, rows, cancelled)
+        new = relative(residual)
+        return rows, grams, new, jnp.max(jnp.abs(error - new)), count + 1
+
+    rows = [f.mT for f in factors]
+    grams = [matmul(f, f.mT) for f in rows]
     infinite = jnp.full((), jnp.inf, dtype)
-    grams = [jnp.matmul(f.mT, f, precision="highest") for f in factors]
-    begin = (factors, grams, jnp.full(squared.shape, jnp.inf, dtype), infinite, jnp.int32(0))
-    factors, _, _, _, count = jax.lax.while_loop(
-        lambda carry: (carry[3] > tolerance) & (carry[4] < sweeps), step, begin
+    begin = (rows, grams, jnp.full(squared.shape, jnp.inf, dtype), infinite, jnp.int32(0))
+
+    def fit(floor: Array) -> tuple[Any, ...]:
+        return jax.lax.while_loop(
+            # no number is larger than anything: a sweep that failed is the last
+            lambda carry: (carry[3] > tolerance) & (carry[4] < sweeps),
+            functools.partial(step, floor=floor),
+            begin,
+        )
+
+    # a Gram matrix that is singular to its own rounding has no Cholesky factor: more damping then
+    (rows, grams, error, _, count), _ = jax.lax.while_loop(
+        lambda tried: ~jnp.all(jnp.isfinite(tried[0][2])) & (tried[1] < 0.01),
+        lambda tried: (fit(tried[1]), 10 * tried[1]),
+        (begin, floor),
     )
-    factors = each(balance)(factors)
-    return factors, each(lambda t, fs: cp_info(t, fs, count))(tensors, factors)
+    # reported to four digits: the difference has them where the error is above a tenth
+    error = relative(checked(error**2 * squared, rows, 0.01))
+    norms = functools.reduce(jnp.multiply, [jnp.linalg.norm(f, axis=-1) for f in rows])
+    scale = jnp.sqrt(jnp.where(squared > 0, squared, 1.0))
+    count = jnp.broadcast_to(count, squared.shape)
+    factors = each(balance)([f.mT for f in rows])
+    return factors, CPInfo(error, count, norms.max(-1) / scale)
 
 
 def _sweep(
     by_last: Array,
     by_other: Array,
-    factors: Sequence[Array],
+    rows: Sequence[Array],
     grams: Sequence[Array],
     *,
     shape: tuple[int, ...],
-    floor: float,
+    floor: Array,
 ) -> tuple[Factors, list[Array], Array]:
-    """One update of every mode; also ``2 <T, That> - ||That||^2``."""
-    factors, grams = list(factors), list(grams)
-    last, rank = len(shape) - 1, factors[0].shape[1]
+    """One update of every mode (factors as (r, n_k)); also ``2 <T, That> - ||That||^2``."""
+    rows, grams = list(rows), list(grams)
+    last, rank = len(shape) - 1, rows[0].shape[0]
     identity = jnp.eye(rank, dtype=by_last.dtype)
-    product = part = jnp.zeros_like(factors[last])
+    product = part = jnp.zeros_like(rows[last])
     small = None
     for mode in range(last + 1):
         if mode == last:
             # the last mode stands where the last but one was summed over
-            part = matmul(by_other, factors[last - 1])
-            part = part.reshape(*shape[: last - 1], shape[last], rank)
-            product = _fold_leading(part, factors[: last - 1])
+            part = matmul(rows[last - 1], by_other)
+            part = part.reshape(rank, *shape[: last - 1], shape[last])
+            product = _fold_leading(part, rows[: last - 1])
         elif mode == last - 1:
             if mode == 0:
-                part = matmul(by_last, factors[last]).reshape(*shape[:last], rank)
-            product = _fold_leading(part, factors[: last - 1])
+                part = matmul(rows[last], by_last)
+            product = _fold_leading(part, rows[: last - 1])
         else:
             if small is None:
-                part = matmul(by_last, factors[last]).reshape(*shape[:last], rank)
+                part = matmul(rows[last], by_last).reshape(rank, *shape[:last])
                 # what the leading modes share: the last but one is not updated before them
-                small = einsum("...cr,cr->...r", part, factors[last - 1])
-            product = _fold(small, factors[: last - 1], mode)
+                small = einsum("r...c,rc->r...", part, rows[last - 1])
+            product = _fold(small, rows[: last - 1], mode) if last > 2 else small
         gamma = gram_product(grams, (mode,))
-        mu = floor * jnp.trace(gamma) / rank + jnp.finfo(gamma.dtype).tiny
-        solve = jax.scipy.linalg.cho_factor(gamma + mu * identity)
-        right = product + mu * factors[mode]
+        # damped by the diagonal: it means the same however the components' scale is shared out
+        damped = gamma * (1 + floor * identity) + jnp.finfo(gamma.dtype).tiny * identity
+        solve = jax.scipy.linalg.cho_factor(damped, lower=True)
+        right = product + floor * jnp.diagonal(gamma)[:, None] * rows[mode]
         if shape[mode] > rank:
             # many right-hand sides: triangular solves are slow, a product is not
-            factors[mode] = matmul(right, jax.scipy.linalg.cho_solve(solve, identity))
+            rows[mode] = matmul(jax.scipy.linalg.cho_solve(solve, identity), right)
         else:
-            factors[mode] = jax.scipy.linalg.cho_solve(solve, right.T).T
-        grams[mode] = matmul(factors[mode].T, factors[mode])
-    explained = 2 * jnp.sum(product * factors[last]) - functools.reduce(jnp.multiply, grams).sum()
-    # unit columns everywhere but in the last factor, so that the damping means the same for all
-    scale = jnp.ones(rank, by_last.dtype)
-    for mode in range(last):
-        norms = jnp.sqrt(jnp.diagonal(grams[mode]))
-        norms = jnp.where(norms > 0, norms, 1.0)
-        factors[mode], grams[mode] = factors[mode] / norms, grams[mode] / jnp.outer(norms, norms)
-        scale = scale * norms
-    factors[last] = factors[last] * scale
-    grams[last] = grams[last] * jnp.outer(scale, scale)
-    return factors, grams, explained
+            rows[mode] = jax.scipy.linalg.cho_solve(solve, right)
+        grams[mode] = matmul(rows[mode], rows[mode].T)
+    explained = 2 * jnp.sum(product * rows[last]) - functools.reduce(jnp.multiply, grams).sum()
+    return rows, grams, explained
 
 
 def best_of(
