@@ -38,6 +38,15 @@ def _leading(matrix: Array, rank: int) -> Array:
     return vectors[:, ::-1][:, :rank]
 
 
+def _nearer(matrix: Array, basis: Array) -> Array:
+    """One step of orthogonal iteration towards the leading left singular vectors.
+
+    A product and a QR decomposition in place of an eigenvalue problem; the norm of what the basis
+    keeps of the matrix never falls.
+    """
+    return jnp.linalg.qr(matmul(matrix, matmul(basis.T, matrix).T))[0]
+
+
 def _project(tensor: Array, factor: Array, mode: int) -> Array:
     """Multiplies ``factor^T`` into one mode."""
     return jnp.moveaxis(
@@ -122,7 +131,8 @@ def tucker2(
       kernel: (kh, kw, i, o).
       in_rank: r3, 1 to i.
       out_rank: r4, 1 to o.
-      sweeps: of HOOI; each is two small eigenvalue problems.
+      sweeps: of HOOI from the truncated HOSVD. Every second and the last solve both eigenvalue
+        problems; those between go one step of orthogonal iteration towards the solutions.
 
     Returns:
       Orthonormal A (i, r3) and B (o, r4), core (kh, kw, r3, r4).
@@ -138,14 +148,25 @@ def tucker2(
     a = _leading(unfold(kernel, 2), in_rank)
     b = _leading(unfold(kernel, 3), out_rank)
 
-    def sweep(_, factors):
+    rows, columns = unfold(kernel, 2), unfold(kernel, 3)  # (i, kh*kw*o), (o, kh*kw*i)
+
+    def sweep(factors, towards):
         a, b = factors
-        a = _leading(unfold(einsum("abio,oq->abiq", kernel, b), 2), in_rank)
-        b = _leading(unfold(einsum("abio,ip->abpo", kernel, a), 3), out_rank)
+        a = towards(matmul(rows.reshape(-1, o), b).reshape(i, -1), a)
+        b = towards(matmul(columns.reshape(-1, i), a).reshape(o, -1), b)
         return a, b
 
+    def exact(factors):
+        return sweep(factors, lambda matrix, basis: _leading(matrix, basis.shape[1]))
+
+    def pair(_, factors):
+        return sweep(exact(factors), _nearer)
+
     if in_rank < i and out_rank < o:
-        a, b = jax.lax.fori_loop(0, sweeps, sweep, (a, b))
+        pairs = max(0, sweeps - 1) // 2
+        a, b = jax.lax.fori_loop(0, pairs, pair, (a, b))
+        for _ in range(sweeps - 2 * pairs):
+            a, b = exact((a, b))
     # one mode at full rank: the other's HOSVD factor is optimal already
     core = einsum("abio,ip,oq->abpq", kernel, a, b)
     return Tucker2Factors(a, core, b)
