@@ -29,14 +29,14 @@ from cnnjax.factorization.chain import (
 from cnnjax.factorization.choose import choose_ranks
 from cnnjax.factorization.matrix import filter_basis
 from cnnjax.factorization.network import plan
-from cnnjax.factorization.ranks import pca_energy_ranks
+from cnnjax.factorization.ranks import allocate_ranks, frontier, pca_energy_ranks
 from cnnjax.factorization.rules import Basis, MacsRatio, Ranks, Rule, Spatial, Stages
 from cnnjax.factorization.sites import Batches, Site, find_sites, response_moments, spectra
 from cnnjax.factorization.spatial import spatial_svd, spatial_unfolding
 from cnnjax.factorization.survey import Plan, spec_of
 
-# shares of a speed-up that the spatial part takes on, of which `pca_plan` chooses
-SPLITS = (0.2, 0.35, 0.5, 0.65, 0.8)
+# how many ranks of each part `pca_plan` looks at in a layer
+LEVELS = 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,10 +93,12 @@ def pca_plan(
     """Ranks of a whole network by the PCA energy of its responses, to a budget of MACs.
 
     The greedy product of `pca_energy_ranks` over the layers' response spectra chooses d'. Between
-    space and channels of `Asymmetric3D` the spatial part comes first: it may use
-    ``macs ** split`` of a layer's MACs (0.5: the square root of the speed-up each). By default the
-    split is the one of `SPLITS` whose ranks keep most: the product of the kernels' energy that the
-    spatial parts keep and of the responses' energy that the channel ranks keep.
+    space and channels of `Asymmetric3D` every layer has a split of its own: (d'', d') of all layers
+    are chosen together so that the product of the kernels' energy that the spatial parts keep and
+    of the responses' energy that the channel ranks keep is largest (`allocate_ranks`). One split
+    for all starves the channels of narrow layers, where the 1x1 is a large part of the cost. With
+    ``split`` the spatial part comes first: it may use ``macs ** split`` of each layer's MACs (0.5:
+    the square root of the speed-up each), and the greedy product shares out what is left.
 
     Args:
       model: any NNX network.
@@ -105,7 +107,7 @@ def pca_plan(
       batches: inputs, arrays or mappings with ``"image"``, all positions of which count.
       macs: share of the rules' layers' MACs that is allowed.
       example: an input.
-      split: see above; None: the best one.
+      split: see above; None: one for each layer.
 
     Returns:
       A plan with concrete ranks; layers whose chain would not be cheaper are kept.
@@ -141,15 +143,10 @@ def pca_plan(
     ]
     values = [spectra(moments[s.path], g.spec.groups) for s, (_, g, _) in zip(sites, layers)]
     three = any(isinstance(rule, Asymmetric3D) for rule, _, _ in layers)
-    tried, refused = [], None
-    for share in SPLITS if split is None and three else (0.5 if split is None else split,):
-        try:
-            tried.append(_ranks_at(layers, values, macs, share))
-        except ValueError as error:  # a split may leave no room for the channels
-            refused = error
-    if refused is not None and not tried:
-        raise refused
-    _, spatial, chosen = max(tried, key=lambda one: one[0])
+    if three and split is None:
+        spatial, chosen = _jointly(layers, values, macs)
+    else:
+        spatial, chosen = _ranks_at(layers, values, macs, 0.5 if split is None else split)
     ranked: dict[str, Rule | None] = {}
     for site, ranks, rank in zip(sites, spatial, chosen):
         value = (*ranks, rank) if ranks else rank
@@ -157,13 +154,49 @@ def pca_plan(
     return plan(model, ranked, example)
 
 
+def _jointly(
+    layers: list[tuple[Rule, _Geometry, Any]], values: list[np.ndarray], macs: float
+) -> tuple[list[Ranks], list[int]]:
+    """(spatial ranks, channel ranks) of the largest product of kept energies within the budget."""
+    gains, costs, options, total = [], [], [], 0
+    for (rule, layer, kernel), spectrum in zip(layers, values):
+        total += layer.before
+        channels = _log_shares(spectrum)
+        space = layer.spatial_energies(kernel) if isinstance(rule, Asymmetric3D) else None
+        found: list[tuple[Ranks, int]] = []
+        kept: list[float] = []
+        for p in [None] if space is None else _levels(len(space)):
+            ranks = () if p is None else (p,)
+            for r in _levels(layer.most(ranks)):
+                found.append((ranks, r))
+                kept.append(channels[r - 1] + (0.0 if p is None else space[p - 1]))
+        spent = np.array([layer.macs(rule, (*ranks, r)) for ranks, r in found], float)
+        front = frontier(np.array(kept), spent)
+        options.append([found[k] for k in front])
+        gains.append(np.array(kept)[front])
+        costs.append(spent[front])
+    picked = [o[k] for o, k in zip(options, allocate_ranks(gains, costs, macs * total, bins=1000))]
+    return [ranks for ranks, _ in picked], [rank for _, rank in picked]
+
+
+def _levels(most: int) -> list[int]:
+    """At most `LEVELS` ranks from 1 to ``most``, evenly spread."""
+    return sorted({int(r) for r in np.linspace(1, most, min(LEVELS, most)).round()})
+
+
+def _log_shares(values: np.ndarray) -> np.ndarray:
+    """Log of the share of the sum that the first 1, 2, ... values make up."""
+    shares = np.cumsum(values) / max(values.sum(), 1e-30)
+    return np.log(np.clip(shares, 1e-30, 1.0))
+
+
 def _ranks_at(
     layers: list[tuple[Rule, _Geometry, Any]], values: list[np.ndarray], macs: float, split: float
-) -> tuple[float, list[Ranks], list[int]]:
-    """(log of the kept energies' product, spatial ranks, channel ranks) under one split."""
-    total = fixed = kept = 0.0
+) -> tuple[list[Ranks], list[int]]:
+    """(spatial ranks, channel ranks) under one split for all."""
+    total = fixed = 0.0
     costs, energies, spatial = [], [], []
-    for (rule, layer, kernel), spectrum in zip(layers, values):
+    for (rule, layer, _), spectrum in zip(layers, values):
         ranks = layer.spatial_ranks(rule, macs**split)
         one, two = (layer.macs(rule, (*ranks, r)) for r in (1, 2))
         most = spectrum[: layer.most(ranks)]
@@ -171,12 +204,7 @@ def _ranks_at(
         costs.append(float((two - one) * len(most)))
         energies.append(most)
         spatial.append(ranks)
-        if ranks:
-            kept += layer.spatial_energy(kernel, ranks[0])
-    chosen = pca_energy_ranks(energies, costs, macs * total - fixed)
-    for spectrum, rank in zip(values, chosen):
-        kept += float(np.log(max(spectrum[:rank].sum(), 1e-30) / max(spectrum.sum(), 1e-30)))
-    return kept, spatial, chosen
+    return spatial, pca_energy_ranks(energies, costs, macs * total - fixed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,15 +234,11 @@ class _Geometry:
         kernel = np.zeros(self.shape, np.float32)
         return choose_ranks(Spatial(MacsRatio(share)), kernel, self.spec, self.size)
 
-    def spatial_energy(self, kernel: Any, rank: int) -> float:
-        """Log of the share of the kernel's energy that the spatial part keeps, over all groups."""
-        squares = np.array(
-            [
-                np.linalg.svd(np.asarray(spatial_unfolding(block)), compute_uv=False) ** 2
-                for block in np.asarray(split_groups(kernel, self.spec.groups))
-            ]
-        )
-        return float(np.log(max(squares[:, :rank].sum(), 1e-30) / max(squares.sum(), 1e-30)))
+    def spatial_energies(self, kernel: Any) -> np.ndarray:
+        """Log of the share of the kernel's energy, of all groups, that each spatial rank keeps."""
+        blocks = np.asarray(split_groups(kernel, self.spec.groups), np.float64)
+        unfolded = [np.asarray(spatial_unfolding(block)) for block in blocks]
+        return _log_shares(sum(np.linalg.svd(m, compute_uv=False) ** 2 for m in unfolded))
 
     def most(self, ranks: Ranks) -> int:
         """The largest channel rank that a chain can have behind the spatial ranks."""

@@ -63,8 +63,8 @@ def pca_energy_ranks(
     return ranks
 
 
-def _frontier(gain: np.ndarray, cost: np.ndarray) -> np.ndarray:
-    """Indices of the undominated points, from cheap to dear."""
+def frontier(gain: np.ndarray, cost: np.ndarray) -> np.ndarray:
+    """Indices of the undominated points (more gain, less cost), from cheap to dear."""
     order = np.lexsort((-gain, cost))
     best = np.maximum.accumulate(gain[order])
     rising = np.ones(len(order), bool)
@@ -94,7 +94,7 @@ def greedy_allocation(
     gains = [np.asarray(g, np.float64) for g in gains]
     costs = [np.asarray(c, np.float64) for c in costs]
     _check_reach(costs, budget)
-    fronts = [_frontier(g, c) for g, c in zip(gains, costs)]
+    fronts = [frontier(g, c) for g, c in zip(gains, costs)]
     at = [len(front) - 1 for front in fronts]
     spent = sum(float(c[f[-1]]) for c, f in zip(costs, fronts))
 
@@ -166,7 +166,7 @@ def allocate_ranks(
         values = (value[:, None] + gain).ravel()
         sums = (spent[:, None] + cost).ravel()
         inside = np.flatnonzero(sums + later <= limit)
-        chosen = inside[_frontier(values[inside], sums[inside])]
+        chosen = inside[frontier(values[inside], sums[inside])]
         if len(chosen) > bins:
             slot = (sums[chosen] / budget * bins).astype(int)
             last = np.append(slot[1:] != slot[:-1], True)

@@ -13,7 +13,6 @@ from flax import nnx
 import cnnjax
 from cnnjax import factorization as f
 from cnnjax import surgery
-from cnnjax.factorization.asymmetric import SPLITS
 from cnnjax.factorization.compose import compose_chain
 
 EXAMPLE = jax.ShapeDtypeStruct((1, 10, 10, 3), jnp.float32)
@@ -133,7 +132,8 @@ def test_costs_are_as_planned(net):
 def test_the_split_keeps_most_on_the_training_images(net):
     rules = {"grouped": f.Asymmetric3D(), "inner": f.Asymmetric3D()}
     found = {}
-    for split in (*SPLITS, None):
+    splits = (0.35, 0.65, 0.8)
+    for split in (*splits, None):
         decided = f.pca_plan(net, rules, [smooth(0)], 0.6, example=EXAMPLE, split=split)
         kept = 0.0
         for entry in decided.layers:
@@ -154,9 +154,9 @@ def test_the_split_keeps_most_on_the_training_images(net):
                 squares.append(np.linalg.svd(matrix, compute_uv=False) ** 2)
             kept += np.log(np.sum(np.array(squares)[:, : entry.ranks[0]]) / np.sum(squares))
         found[split] = ([p.ranks for p in decided.layers], kept)
-    best = max(SPLITS, key=lambda split: found[split][1])
-    assert found[None][0] == found[best][0]
-    assert len({str(found[s][0]) for s in SPLITS}) > 1
+    # every layer has its own split: no common one keeps more
+    assert all(found[None][1] >= found[split][1] - 1e-6 for split in splits)
+    assert len({str(found[s][0]) for s in splits}) > 1
 
 
 @pytest.mark.method("response_low_rank")
