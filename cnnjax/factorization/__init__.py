@@ -106,6 +106,8 @@ from cnnjax.factorization.tucker import (
     tucker_hooi,
 )
 from cnnjax.factorization.vbmf import VBMFRank, evbmf_rank, tucker2_ranks
+from cnnjax.factorization.weighted import entrywise_low_rank, input_moments, loss_weights
+from cnnjax.factorization.weighted_rules import Weighted, with_metrics
 
 __all__ = [
     "CP",
@@ -146,6 +148,7 @@ __all__ = [
     "Tucker2",
     "Tucker2Factors",
     "VBMFRank",
+    "Weighted",
     "allocate",
     "allocate_ranks",
     "balanced_kmeans",
@@ -180,6 +183,7 @@ __all__ = [
     "dual_basis_chain",
     "dual_filter_basis",
     "energy_rank",
+    "entrywise_low_rank",
     "evbmf_rank",
     "factorize",
     "factorize_layerwise",
@@ -187,11 +191,13 @@ __all__ = [
     "find_sites",
     "greedy_allocation",
     "haar_matrix",
+    "input_moments",
     "jaderberg_scheme1",
     "join_groups",
     "keep_faster",
     "layer_effects",
     "learn_separable_filters",
+    "loss_weights",
     "make_rule",
     "menus",
     "monochromatic_conv",
@@ -229,4 +235,5 @@ __all__ = [
     "unbicluster",
     "weighted_svd",
     "with_input_covariances",
+    "with_metrics",
 ]

@@ -13,6 +13,7 @@ from cnnjax.factorization.denton_rules import Biclustered, Monochromatic
 from cnnjax.factorization.filter_rules import SeparableFilters, SeparableTransform, Tucker
 from cnnjax.factorization.predict_rules import Predicted
 from cnnjax.factorization.trains import DualBasis, TensorTrain
+from cnnjax.factorization.weighted_rules import Weighted
 
 # the papers' names beside ours; a pair fixes some of the rule's options
 _RULES: dict[str, tuple[Callable[..., rules.Rule], dict[str, Any]]] = {
@@ -40,6 +41,8 @@ _RULES: dict[str, tuple[Callable[..., rules.Rule], dict[str, Any]]] = {
     "jaderberg_scheme2": (rules.Spatial, {}),
     "scheme1": (cp_rules.Scheme1, {}),
     "tucker2": (rules.Tucker2, {}),
+    "mahalanobis": (Weighted, {"metric": "loss"}),
+    "weighted_low_rank": (Weighted, {"metric": "inputs"}),
     "tensor_train": (TensorTrain, {}),
     "cp": (cp_rules.CP, {}),
     "cp4_conv": (cp_rules.CP, {"solver": "nls"}),

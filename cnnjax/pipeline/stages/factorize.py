@@ -132,6 +132,11 @@ class Factorize:
             decided = factorization.with_input_covariances(
                 model, decided, training_images(context, count)
             )
+        asking = [p.rule for p in decided.layers if isinstance(p.rule, factorization.Weighted)]
+        if asking:
+            # one Jacobian per image and class: fewer images where the loss is asked
+            count = 512 if any(r.metric == "loss" for r in asking) else self.recalibrate or 2000
+            decided = factorization.with_metrics(model, decided, training_batches(context, count))
         if not self.keep_faster:
             return decided
         # the clock is asked once: a run that goes on after an interruption must decide the same
@@ -170,10 +175,15 @@ def example_image(context: Context) -> np.ndarray:
 
 def training_images(context: Context, count: int) -> list[Any]:
     """About ``count`` images of the training stream, in batches; the same at each call."""
+    return [b["image"] for b in training_batches(context, count)]
+
+
+def training_batches(context: Context, count: int) -> list[Any]:
+    """The same images with their labels."""
     loader = context.train_loader()
     try:
         batches = max(1, round(count / context.data.batch_size))
-        return [b["image"] for b in itertools.islice(iter(loader), batches)]
+        return list(itertools.islice(iter(loader), batches))
     finally:
         loader.close()
 
