@@ -56,11 +56,11 @@ def test_one_colour_per_output_is_the_rank_one_error():
 @pytest.mark.method("biclustered_low_rank")
 def test_planted_blocks_are_low_rank_only_under_their_labels():
     g = np.random.default_rng(2)
-    a, b = g.permutation(np.repeat([0, 1], 6)), g.permutation(np.repeat([0, 1, 2], 4))
-    kernel = np.zeros((3, 3, 12, 12))
+    a, b = g.permutation(np.repeat([0, 1], 12)), g.permutation(np.repeat([0, 1, 2], 8))
+    kernel = np.zeros((3, 3, 24, 24))
     for p, q in itertools.product(range(2), range(3)):
         core = g.normal(size=(3, 3, 2, 2))
-        block = np.einsum("abpq,ip,oq->abio", core, g.normal(size=(6, 2)), g.normal(size=(4, 2)))
+        block = np.einsum("abpq,ip,oq->abio", core, g.normal(size=(12, 2)), g.normal(size=(8, 2)))
         kernel[np.ix_(range(3), range(3), a == p, b == q)] = block
 
     def error(parts):
@@ -73,7 +73,7 @@ def test_planted_blocks_are_low_rank_only_under_their_labels():
     with jax.enable_x64(True):
         assert error(f.bicluster(kernel, 2, 3, labels=(a, b))) < 1e-12
         shuffled = (g.permutation(a), g.permutation(b))
-        assert error(f.bicluster(kernel, 2, 3, labels=shuffled)) > 0.3
+        assert error(f.bicluster(kernel, 2, 3, labels=shuffled)) > 0.5
     np.testing.assert_array_equal(f.unbicluster(f.bicluster(kernel, 3, 4)), kernel)
 
 

@@ -63,7 +63,8 @@ def test_scaling_and_transposition():
 
 
 @pytest.mark.parametrize(
-    ("k", "i", "o", "r3", "r4"), [(3, 32, 64, 4, 8), (3, 64, 64, 10, 6), (5, 16, 32, 3, 5)]
+    ("k", "i", "o", "r3", "r4"),
+    [(3, 32, 64, 4, 8), (3, 64, 64, 10, 6), (5, 16, 32, 3, 5), (3, 128, 128, 12, 20)],
 )
 def test_planted_tucker_kernels(k, i, o, r3, r4):
     rng = np.random.default_rng(k * i)
