@@ -13,6 +13,8 @@ seeds of the students.
 - Made-up images (Bucila et al. 2006): ten teachers that saw 1,000 images label MUNGE's images, or
   pixels drawn one by one.
 
+``--reduced 4`` takes a quarter of all steps.
+
 What `scripts/update_results.py` found in ``configs/results/mnist_dark_knowledge.json``:
 """
 
