@@ -14,8 +14,11 @@ Cases:
 CP: alternating least squares for a fixed number of sweeps from the same random factors; TensorLy's
 ``parafac`` without tolerance. Tucker-2: higher-order orthogonal iteration from the truncated HOSVD
 (both make it themselves), TensorLy's ``partial_tucker``. Peer backends: numpy and jax. Times are
-the best of a few runs in one process; ours without compilation, which is shown apart. The relative
-errors of both sides are computed by NumPy in double precision from the factors.
+CPU seconds of the process, all threads together, the least of several runs that alternate between
+the two sides (once for a peer that takes more than five seconds): pin the process to one core, and
+what else the machine does hardly counts. Ours are without compilation, which is shown apart. The
+relative errors of both sides are computed by NumPy in double precision from the factors. A row is
+written as soon as it is measured; ``--resume`` keeps the rows that the file has.
 """
 
 from __future__ import annotations
@@ -63,14 +66,25 @@ def power_law(shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
     return (kernel / np.linalg.norm(kernel)).astype(np.float32)
 
 
-def best(run: Callable[[], Any], runs: int) -> tuple[float, Any]:
-    """Fewest seconds of some runs, and the last result."""
-    seconds, out = np.inf, None
+def once(run: Callable[[], Any]) -> tuple[float, Any]:
+    """CPU seconds of one run, and its result."""
+    start = time.process_time()
+    out = jax.block_until_ready(run())
+    return time.process_time() - start, out
+
+
+def in_turns(ours: Callable[[], Any], peer: Callable[[], Any], runs: int) -> list[tuple]:
+    """(Fewest CPU seconds, last result) of both sides, called in turns."""
+    best, out = [np.inf, np.inf], [None, None]
     for _ in range(runs):
-        start = time.perf_counter()
-        out = jax.block_until_ready(run())
-        seconds = min(seconds, time.perf_counter() - start)
-    return seconds, out
+        for side, run in enumerate((ours, peer)):
+            # as long on either side: what takes microseconds is called more often
+            for _ in range(int(np.clip(0.15 / best[side], 1, 300))):
+                seconds, out[side] = once(run)
+                best[side] = min(best[side], seconds)
+                if seconds > 5:
+                    return list(zip(best, out))
+    return list(zip(best, out))
 
 
 def error(kernel: np.ndarray, again: np.ndarray) -> float:
@@ -93,9 +107,10 @@ def of_tucker(core: Any, first: Any, last: Any) -> np.ndarray:
     return np.einsum("abpq,ip,oq->abio", core, first, last, optimize=True)
 
 
-def cp_case(kernel: np.ndarray, rank: int, sweeps: int, runs: int, backends: list[str]) -> dict:
-    """Ours and TensorLy's CP from the same factors."""
-    import tensorly as tl
+def cp_case(
+    kernel: np.ndarray, rank: int, sweeps: int, runs: int, backends: list[str], row: dict
+) -> dict:
+    """Ours and TensorLy's CP from the same factors; adds the backends that the row lacks."""
     from tensorly.decomposition import parafac
 
     rng = np.random.default_rng(1)
@@ -106,66 +121,63 @@ def cp_case(kernel: np.ndarray, rank: int, sweeps: int, runs: int, backends: lis
     def run() -> Any:
         return f.cp_als(key, tensor, rank, sweeps=sweeps, tolerance=-1.0, start=ours_start)[0]
 
-    first = time.perf_counter()
-    jax.block_until_ready(run())
-    compile_seconds = time.perf_counter() - first
-    seconds, factors = best(run, runs)
-    row: dict[str, Any] = {
-        "rank": rank,
-        "sweeps": sweeps,
-        "seconds": seconds,
-        "compile_seconds": compile_seconds - seconds,
-        "error": error(kernel, of_cp(factors)),
-    }
-    for backend in backends:
-        tl.set_backend(backend)
+    def peer(tl: Any) -> Any:
+        init = (None, [tl.tensor(x.copy()) for x in start])
+        return parafac(tl.tensor(kernel), rank, n_iter_max=sweeps, init=init, tol=0).factors
 
-        def peer() -> Any:
-            init = (None, [tl.tensor(x.copy()) for x in start])
-            return parafac(tl.tensor(kernel), rank, n_iter_max=sweeps, init=init, tol=0).factors
-
-        times, found = best(peer, 1 if backend == "numpy" else 2)
-        row[backend] = {"seconds": times, "error": error(kernel, of_cp(found))}
-        row[backend]["ratio"] = times / seconds
-    return row
+    row = {"rank": rank, "sweeps": sweeps} | row
+    return beside(row, backends, run, peer, runs, lambda x: error(kernel, of_cp(x)))
 
 
 def tucker_case(
-    kernel: np.ndarray, ranks: tuple[int, int], sweeps: int, runs: int, backends: list[str]
+    kernel: np.ndarray,
+    ranks: tuple[int, int],
+    sweeps: int,
+    runs: int,
+    backends: list[str],
+    row: dict,
 ) -> dict:
-    """Ours and TensorLy's Tucker-2."""
-    import tensorly as tl
+    """Ours and TensorLy's Tucker-2; adds the backends that the row lacks."""
     from tensorly.decomposition import partial_tucker
 
     tensor = jnp.asarray(kernel)
 
     def run() -> Any:
-        return f.tucker2(tensor, *ranks, sweeps=sweeps)
+        t = f.tucker2(tensor, *ranks, sweeps=sweeps)
+        return t.core, t.first, t.last
 
-    first = time.perf_counter()
-    jax.block_until_ready(run())
-    compile_seconds = time.perf_counter() - first
-    seconds, t = best(run, runs)
-    row: dict[str, Any] = {
-        "ranks": list(ranks),
-        "sweeps": sweeps,
-        "seconds": seconds,
-        "compile_seconds": compile_seconds - seconds,
-        "error": error(kernel, of_tucker(t.core, t.first, t.last)),
-    }
-    for backend in backends:
+    def peer(tl: Any) -> Any:
+        core, factors = partial_tucker(
+            tl.tensor(kernel), rank=list(ranks), modes=[2, 3], n_iter_max=sweeps, tol=0
+        )[0]
+        return core, *factors
+
+    row = {"ranks": list(ranks), "sweeps": sweeps} | row
+    return beside(row, backends, run, peer, runs, lambda x: error(kernel, of_tucker(*x)))
+
+
+def beside(
+    row: dict[str, Any],
+    backends: list[str],
+    run: Callable[[], Any],
+    peer: Callable[[Any], Any],
+    runs: int,
+    judge: Callable[[Any], float],
+) -> dict[str, Any]:
+    """Times ours in turns with each backend that the row lacks."""
+    import tensorly as tl
+
+    missing = [b for b in backends if b not in row]
+    first = once(run)[0] if missing else 0.0
+    for backend in missing:
         tl.set_backend(backend)
-
-        def peer() -> Any:
-            out = partial_tucker(
-                tl.tensor(kernel), rank=list(ranks), modes=[2, 3], n_iter_max=sweeps, tol=0
-            )
-            core, factors = out[0]
-            return core, *factors
-
-        times, found = best(peer, 1 if backend == "numpy" else 2)
-        row[backend] = {"seconds": times, "error": error(kernel, of_tucker(*found))}
-        row[backend]["ratio"] = times / seconds
+        (seconds, ours), (times, found) = in_turns(run, lambda: peer(tl), runs)
+        row["seconds"] = min(seconds, row.get("seconds", np.inf))
+        row["error"] = judge(ours)
+        row[backend] = {"seconds": times, "error": judge(found)}
+    row.setdefault("compile_seconds", max(0.0, first - row["seconds"]))
+    for backend in set(row) & {"numpy", "jax"}:
+        row[backend]["ratio"] = row[backend]["seconds"] / row["seconds"]
     return row
 
 
@@ -215,13 +227,12 @@ def together_case(kernels: list[np.ndarray], rank: int, sweeps: int, runs: int) 
     out: dict[str, Any] = {"layers": count, "shape": list(kernels[0].shape), "rank": rank}
     for method, (alone, together) in ways.items():
         alone(), together()  # compile
-        row = {"alone": best(alone, runs)[0], "together": best(together, runs)[0]}
-        row["together_pays"] = row["alone"] / row["together"]
+        (one, _), (all_, ours) = in_turns(alone, together, runs)
+        row = {"alone": one, "together": all_, "together_pays": one / all_}
         if method in peers:
-            row["numpy"], found = best(peers[method], 2)
+            (row["numpy"], found), _ = in_turns(peers[method], lambda: None, 2)
             row["ratio"] = row["numpy"] / min(row["alone"], row["together"])
             if method == "cp":
-                ours = together()
                 fits = [[np.asarray(x[i]) for x in ours] for i in range(count)]
                 row["error"] = float(np.mean([error(k, of_cp(x)) for k, x in zip(kernels, fits)]))
                 row["numpy_error"] = float(
@@ -257,7 +268,7 @@ def measure_together(flags: argparse.Namespace) -> dict[str, Any]:
 def kernels_of(case: str, weights: str | None) -> list[tuple[str, np.ndarray, int]]:
     """(name, kernel, count) of a case."""
     if case == "big":
-        return [("256x256x3x3", power_law((3, 3, 256, 256)), 1)]
+        return [("3x3x256x256", power_law((3, 3, 256, 256)), 1)]
     if case in ("resnet50", "vgg16"):
         shapes = RESNET50 if case == "resnet50" else VGG16
         return [("x".join(map(str, s)), power_law(s), n) for s, n in shapes.items()]
@@ -270,17 +281,27 @@ def kernels_of(case: str, weights: str | None) -> list[tuple[str, np.ndarray, in
     return [(n, np.ascontiguousarray(found[n].transpose(2, 3, 1, 0)), 1) for n in picked]
 
 
-def measure(case: str, flags: argparse.Namespace) -> dict[str, Any]:
-    """All kernels of a case, and their sums."""
+def measure(
+    case: str,
+    flags: argparse.Namespace,
+    known: dict[str, dict],
+    write: Callable[[Any], None],
+) -> dict[str, Any]:
+    """All kernels of a case, and their sums; ``known``: rows by kernel, of this case or others."""
     rows = []
     for name, kernel, count in kernels_of(case, flags.weights):
         _, _, i, o = kernel.shape
         rank = flags.rank or max(8, min(i, o) // 4)
         row = {"kernel": name, "count": count}
-        row["cp"] = cp_case(kernel, rank, flags.sweeps, flags.runs, flags.backends)
+        old = known.get(name, {})
         half = (max(1, i // 2), max(1, o // 2))
-        row["tucker2"] = tucker_case(kernel, half, flags.tucker_sweeps, flags.runs, flags.backends)
+        common = (flags.runs, flags.backends)
+        row["cp"] = cp_case(kernel, rank, flags.sweeps, *common, old.get("cp", {}))
+        row["tucker2"] = tucker_case(
+            kernel, half, flags.tucker_sweeps, *common, old.get("tucker2", {})
+        )
         rows.append(row)
+        write({"layers": rows})
         for method in ("cp", "tucker2"):
             r = row[method]
             peers = ", ".join(
@@ -319,6 +340,7 @@ def main() -> int:
     parser.add_argument("--sweeps", type=int, default=25)
     parser.add_argument("--tucker_sweeps", type=int, default=10)
     parser.add_argument("--runs", type=int, default=4)
+    parser.add_argument("--resume", action="store_true", help="keep the rows that the file has")
     flags = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is a figure here
     out = pathlib.Path(flags.out)
@@ -326,14 +348,28 @@ def main() -> int:
     known.update(
         hardware=f"{platform.machine()} {jax.default_backend()}, {os.cpu_count()} cores",
         jax=jax.__version__,
-        clock="wall seconds, best of several runs, one process; ours without compilation",
+        clock="CPU seconds of the process, least of alternating runs; ours without compilation",
     )
+    done: dict[str, dict] = {}
     for case in flags.cases:
-        run = measure_together if case == "together" else lambda f, c=case: measure(c, f)
-        known["cases"][case] = run(flags)
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(known, indent=1) + "\n")
-        os.replace(temporary, out)
+
+        def write(rows: dict[str, Any], case: str = case) -> None:
+            known["cases"][case] = rows
+            temporary = out.with_suffix(".tmp")
+            temporary.write_text(json.dumps(known, indent=1) + "\n")
+            os.replace(temporary, out)
+
+        if case == "together":
+            write(measure_together(flags))
+            continue
+        # the same kernel occurs in several cases: it is measured once
+        seen = dict(done)
+        if flags.resume:
+            for old in known["cases"].values():
+                seen |= {r["kernel"]: r for r in old["layers"] if "kernel" in r}
+        found = measure(case, flags, seen, write)
+        done |= {r["kernel"]: r for r in found["layers"]}
+        write(found)
     return 0
 
 
