@@ -260,7 +260,7 @@ def main() -> int:
     flags = parser.parse_args()
     jax.config.update("jax_enable_compilation_cache", False)  # compile time is a figure here
     out = pathlib.Path(flags.out)
-    known = json.loads(out.read_text()) if out.exists() else {"cases": {}}
+    known: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"cases": {}}
     known.update(
         hardware=f"{platform.machine()} {jax.default_backend()}, {os.cpu_count()} cores",
         jax=jax.__version__,

@@ -165,11 +165,13 @@ def _jointly(
         space = layer.spatial_energies(kernel) if isinstance(rule, Asymmetric3D) else None
         found: list[tuple[Ranks, int]] = []
         kept: list[float] = []
-        for p in [None] if space is None else _levels(len(space)):
-            ranks = () if p is None else (p,)
+        starts: list[tuple[Ranks, float]] = [((), 0.0)]
+        if space is not None:
+            starts = [((p,), float(space[p - 1])) for p in _levels(len(space))]
+        for ranks, held in starts:
             for r in _levels(layer.most(ranks)):
                 found.append((ranks, r))
-                kept.append(channels[r - 1] + (0.0 if p is None else space[p - 1]))
+                kept.append(held + channels[r - 1])
         spent = np.array([layer.macs(rule, (*ranks, r)) for ranks, r in found], float)
         front = frontier(np.array(kept), spent)
         options.append([found[k] for k in front])
@@ -238,7 +240,8 @@ class _Geometry:
         """Log of the share of the kernel's energy, of all groups, that each spatial rank keeps."""
         blocks = np.asarray(split_groups(kernel, self.spec.groups), np.float64)
         unfolded = [np.asarray(spatial_unfolding(block)) for block in blocks]
-        return _log_shares(sum(np.linalg.svd(m, compute_uv=False) ** 2 for m in unfolded))
+        squares = np.array([np.linalg.svd(m, compute_uv=False) ** 2 for m in unfolded])
+        return _log_shares(squares.sum(0))
 
     def most(self, ranks: Ranks) -> int:
         """The largest channel rank that a chain can have behind the spatial ranks."""
