@@ -62,7 +62,10 @@ def filled(name: str, size: int, scale: float = 1.0) -> tuple[nnx.Module, tuple[
             return jax.random.key(0)
         if not np.issubdtype(a.dtype, np.floating):
             return np.zeros(a.shape, a.dtype)
-        if len(a.shape) < 2:
+        stacked = any(
+            word in text for word in ("'var'", "'mean'", "'scale'", "'bias'")
+        )  # by a scan
+        if len(a.shape) < 2 or stacked:
             center = 1.0 if "'var'" in text or "'scale'" in text else 0.0
             return (center + rng.uniform(-0.1, 0.1, a.shape)).astype(a.dtype)
         draws = rng.standard_normal(a.shape, np.float32)
