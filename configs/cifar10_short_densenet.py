@@ -11,7 +11,9 @@ to 0 along a cosine, and 2,000 test images. The floor: 40 % of the test images r
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# train: error 53.70 %, 71.69k non-zeros, 1.00x
+#   floor: 40.00 % right, measured 46.30 %: beaten
 # [/measured]
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ what this size is good at. 10,000 images, 8 epochs, batch 64, SGD with Nesterov 
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# train: error 69.60 %, 700.5k non-zeros, 1.00x
+#   floor: 35.00 % right, measured 30.40 %: NOT beaten
 # [/measured]
 
 from __future__ import annotations

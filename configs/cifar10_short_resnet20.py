@@ -11,7 +11,9 @@ own run is ``cifar10_resnet.py``. What `scripts/update_results.py` found in
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# train: error 52.20 %, 269.7k non-zeros, 1.00x
+#   floor: 45.00 % right, measured 47.80 %: beaten
 # [/measured]
 
 from __future__ import annotations

@@ -11,7 +11,9 @@ What `scripts/update_results.py` found in ``configs/results/cifar10_short_vgg.js
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# train: error 41.45 %, 114.2k non-zeros, 1.00x
+#   floor: 45.00 % right, measured 58.55 %: beaten
 # [/measured]
 
 from __future__ import annotations

@@ -14,7 +14,12 @@ What `scripts/update_results.py` found in ``configs/results/digits_neurons_disti
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0, 1, 2, 3, 4, 5, 6, 7, 8, 9; 1 CPU cores, 1 x cpu, jax 0.10.2
+# teacher: accuracy % 97.52 (96.90-98.03), runs 10
+# student of 32 selected neurons: accuracy % 95.69 (94.93-96.62), runs 10
+# student of 32 random neurons: accuracy % 95.63 (94.37-96.62), runs 10
+# selected minus random, points: accuracy % -0.47, runs 3
+# selected minus random, points: accuracy % +0.06, runs 10
 # [/measured]
 
 from __future__ import annotations

@@ -19,7 +19,25 @@ What `scripts/update_results.py` found in ``configs/results/mnist_dark_knowledge
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# teachers of 20,000 images, mean of 3: % 97.32, runs 1
+# teachers of 20,000 images, together: % 97.75, runs 1
+# teachers of 1,000 images, mean of 10: % 90.06, runs 1
+# teachers of 1,000 images, together: % 90.24, runs 1
+# agreement with the teachers, 500 images: % 88.58 (88.43-88.85), runs 3
+# agreement with the teachers, 2,000 images: % 93.15 (92.87-93.36), runs 3
+# agreement with the teachers, 20,000 images: % 96.66 (96.51-96.76), runs 3
+# hard, 1,000 labels: % 89.17 (89.10-89.29), runs 3
+# KD, the same 1,000 images: % 90.29 (90.22-90.42), runs 3
+# KD, 20,000 images without labels: % 95.62 (95.53-95.76), runs 3
+# logits, 20,000 images without labels: % 95.06 (94.76-95.28), runs 3
+# hard, 20,000 labels: % 95.12 (94.95-95.25), runs 3
+# recall of threes, KD without any 3: % 29.87 (26.14-36.44), runs 3
+# recall of threes, KD without any 3, bias + 4: % 57.39 (53.56-62.97), runs 3
+# recall of threes, hard without any 3: % 0.00, runs 3
+# recall of threes, hard without any 3, bias + 4: % 0.00, runs 3
+# KD, 20,000 images of MUNGE, teachers of 1,000 images: % 89.38 (89.35-89.41), runs 3
+# KD, 20,000 images of single pixels, teachers of 1,000 images: % 86.61 (86.04-87.61), runs 3
 # [/measured]
 
 from __future__ import annotations
