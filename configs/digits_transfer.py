@@ -43,7 +43,8 @@ What `scripts/update_results.py` found in ``configs/results/digits_transfer.json
 # born_again: error 2.16 (1.69-2.82) %, 94.31k non-zeros, 1.00x
 # recall: error 0.94 (0.56-1.13) %, 94.31k non-zeros, 1.00x
 # channels: error 1.78 (1.13-2.54) %, 23.83k non-zeros, 1.00x
-#   accuracy % before 99.06 (98.87-99.44), shrunk 95.77 (94.93-97.18), fine-tuned 98.22 (97.46-98.87)
+#   accuracy % before 99.06 (98.87-99.44), shrunk 95.77 (94.93-97.18), fine-tuned 98.22
+#     (97.46-98.87)
 #   MACs left 0.24 (0.24-0.25)x, parameters left 0.25 (0.22-0.27)x
 # shrunk: error 1.03 (0.56-1.41) %, 23.83k non-zeros, 1.00x
 # recall_again: error 0.94 (0.56-1.13) %, 94.31k non-zeros, 1.00x

@@ -169,3 +169,7 @@ def test_surgery_figures_stand_in_a_table_of_their_own_and_in_the_header(tmp_pat
     file.write_text("# [measured]\n# [/measured]\n")
     assert report.update_header(file, one)
     assert "shrunk 50.00 (25.00-75.00), fine-tuned 87.50\n#   MACs left 0.50x" in file.read_text()
+    one["per_seed"][1] = {name: {k: v + 0.01 for k, v in figures.items()}}
+    report.update_header(file, one)
+    assert "(87.50-88.50)" in file.read_text()
+    assert max(map(len, file.read_text().splitlines())) <= 100
