@@ -34,16 +34,11 @@ def get_config() -> Any:
         ),
         schedule=ScheduleConfig("cosine", base=0.1),
     )
-    return recipes.cifar(
+    return recipes.short_cifar(
         "cifar10_short_densenet",
         "densenet_bc_100_12",
         recipe,
         fields={"stages": (3, 3, 3)},
-        batch_size=64,
-        data="cifar10_jpeg",
-        train="train[:8000]",
-        test="test[:2000]",
-        error=None,
-        source="floor stated before the run",
-        more={"floor": 0.40},
+        images=8_000,
+        floor=0.40,
     )

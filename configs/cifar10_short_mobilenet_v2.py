@@ -32,16 +32,11 @@ def get_config() -> Any:
         optimizer=OptimizerConfig("sgd", momentum=0.9, nesterov=True, weight_decay=4e-5),
         schedule=ScheduleConfig("cosine", base=0.05),
     )
-    return recipes.cifar(
+    return recipes.short_cifar(
         "cifar10_short_mobilenet_v2",
         "mobilenet_v2",
         recipe,
         fields={"width": 0.5, "image_size": 32, "dropout": 0.0},
-        batch_size=64,
-        data="cifar10_jpeg",
-        train="train[:10000]",
-        test="test[:2000]",
-        error=None,
-        source="floor stated before the run",
-        more={"floor": 0.35},
+        images=10_000,
+        floor=0.35,
     )

@@ -32,15 +32,10 @@ def get_config() -> Any:
         optimizer=OptimizerConfig("sgd", momentum=0.9, weight_decay=1e-4, decay_exclude=()),
         schedule=ScheduleConfig("cosine", base=0.1),
     )
-    return recipes.cifar(
+    return recipes.short_cifar(
         "cifar10_short_resnet20",
         "resnet20_cifar",
         recipe,
-        batch_size=64,
-        data="cifar10_jpeg",
-        train="train[:10000]",
-        test="test[:2000]",
-        error=None,
-        source="floor stated before the run",
-        more={"floor": 0.45},
+        images=10_000,
+        floor=0.45,
     )

@@ -32,16 +32,11 @@ def get_config() -> Any:
         optimizer=OptimizerConfig("sgd", momentum=0.9, weight_decay=5e-4, decay_exclude=()),
         schedule=ScheduleConfig("cosine", base=0.05),
     )
-    return recipes.cifar(
+    return recipes.short_cifar(
         "cifar10_short_vgg",
         "vgg16_cifar",
         recipe,
         fields={"stages": ((16, 16), (32, 32), (64, 64, 64)), "hidden": 64},
-        batch_size=64,
-        data="cifar10_jpeg",
-        train="train[:10000]",
-        test="test[:2000]",
-        error=None,
-        source="floor stated before the run",
-        more={"floor": 0.45},
+        images=10_000,
+        floor=0.45,
     )

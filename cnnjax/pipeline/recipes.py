@@ -97,6 +97,37 @@ def cifar(
     )
 
 
+def short_cifar(
+    name: str,
+    model: str,
+    recipe: Recipe,
+    *,
+    images: int,
+    floor: float,
+    fields: Mapping[str, Any] | None = None,
+) -> Any:
+    """A short run on part of the JPEG copy of CIFAR-10, against a floor stated before it.
+
+    Args:
+      name, model, recipe, fields: as for `cifar`.
+      images: training images; 2,000 test images count.
+      floor: share of these that must be right.
+    """
+    return cifar(
+        name,
+        model,
+        recipe,
+        fields=fields,
+        batch_size=64,
+        data="cifar10_jpeg",
+        train=f"train[:{images}]",
+        test="test[:2000]",
+        error=None,
+        source="floor stated before the run",
+        more={"floor": floor},
+    )
+
+
 def published_cifar(
     name: str, model: str, stages: Mapping[str, Any], *, seeds: Sequence[int] = (0,)
 ) -> Any:
