@@ -24,7 +24,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from cnnjax.graph import elementwise, movement
+from cnnjax.graph import elementwise, reshaping
 from cnnjax.graph.ledger import HERE, Ledger
 from cnnjax.graph.values import Value, constant, opaque
 from cnnjax.graph.walk import constant_of, equation
@@ -229,7 +229,7 @@ class Labelled(_Tracer):
             return self
         trace = self._trace
         trace.ledger.info = HERE
-        out = movement.reshape(trace.ledger, {}, [self.value], new)
+        out = reshaping.reshape(trace.ledger, {}, [self.value], new)
         return Labelled(trace, trace.aval(new, self.aval), out)
 
 

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from cnnjax.graph import contraction, elementwise, indexing, movement, reduction
+from cnnjax.graph import contraction, elementwise, indexing, movement, reduction, reshaping
 from cnnjax.graph.ledger import Ledger, frames
 from cnnjax.graph.values import Value, common, constant, opaque
 
@@ -38,7 +38,7 @@ _MOVES: dict[str, Callable[..., Value]] = {
     "squeeze": movement.squeeze,
     "expand_dims": movement.expand_dims,
     "rev": movement.rev,
-    "reshape": movement.reshape,
+    "reshape": reshaping.reshape,
     "slice": movement.slice_,
     "concatenate": movement.concatenate,
     "pad": movement.pad,
