@@ -15,13 +15,12 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cnnjax import graph as graphs
 from cnnjax import surgery
 from cnnjax.factorization.chain import Chain, ConvSpec
 from cnnjax.factorization.denil import prediction_dictionary, squared_exponential
 from cnnjax.factorization.layers import PredictedLinear
 from cnnjax.factorization.rules import EVBMF, Energy, Rank, Ranks, Rule, Stages
-from cnnjax.factorization.sites import Batches, images, in_evaluation
+from cnnjax.factorization.sites import Batches, captured_sums
 from cnnjax.factorization.survey import Plan
 from cnnjax.typing import AnyArray
 
@@ -231,21 +230,12 @@ def with_input_covariances(model: nnx.Module, decided: Plan, batches: Batches) -
     ]
     if not asking:
         return decided
-    graphdef, state = nnx.split(in_evaluation(model))
-    taps = {p.path: "input" for p in asking}
 
-    @jax.jit
-    def moments(state: Any, x: Any) -> dict[str, Any]:
-        found = graphs.capture(nnx.merge(graphdef, state, copy=True), taps)(x)[1]
+    def sums(found: dict[str, Any]) -> dict[str, Any]:
         rows = {path: v.reshape(-1, v.shape[-1]) for path, v in found.items()}
         return {path: jnp.matmul(v.T, v, precision="highest") for path, v in rows.items()}
 
-    total: Any = None
-    for x in images(batches):
-        more = moments(state, x)
-        total = more if total is None else jax.tree.map(jnp.add, total, more)
-    if total is None:
-        raise ValueError("no batches: covariances need at least one")
+    total = captured_sums(model, {p.path: "input" for p in asking}, sums, batches)
     layers = []
     for entry in decided.layers:
         if entry in asking:

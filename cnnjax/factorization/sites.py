@@ -8,7 +8,7 @@ are read off the network's program.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -194,6 +194,38 @@ def response_moments(
     if moments is None:
         raise ValueError("no batches: responses need at least one")
     return moments
+
+
+def captured_sums(
+    model: nnx.Module,
+    taps: Mapping[str, str],
+    sums: Callable[[dict[str, Any]], Any],
+    batches: Batches,
+) -> Any:
+    """Sums over all batches of ``sums({path: values})``, one jitted pass, kept on the device.
+
+    Args:
+      model: run in evaluation mode.
+      taps: ``{path: "input" or "output"}``.
+      sums: from the captured values of a batch to a pytree of sums.
+      batches: inputs, arrays or mappings with ``"image"``.
+
+    Raises:
+      ValueError: no batches.
+    """
+    graphdef, state = nnx.split(in_evaluation(model))
+
+    @jax.jit
+    def more(state: Any, x: Any) -> Any:
+        return sums(graphs.capture(nnx.merge(graphdef, state, copy=True), dict(taps))(x)[1])
+
+    total: Any = None
+    for x in images(batches):
+        found = more(state, x)
+        total = found if total is None else jax.tree.map(jnp.add, total, found)
+    if total is None:
+        raise ValueError("no batches: second moments need at least one")
+    return total
 
 
 def spectra(moments: ResponseMoments, groups: int = 1) -> np.ndarray:

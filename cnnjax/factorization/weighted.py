@@ -16,10 +16,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from cnnjax import graph as graphs
 from cnnjax import surgery
 from cnnjax.factorization.matrix import Matrix, check_rank, matmul, svd_dense, working
-from cnnjax.factorization.sites import Batches, images, in_evaluation
+from cnnjax.factorization.sites import Batches, captured_sums, in_evaluation
 from cnnjax.factorization.survey import spec_of
 
 
@@ -73,25 +72,16 @@ def input_moments(
     Raises:
       ValueError: no batches.
     """
-    graphdef, state = nnx.split(in_evaluation(model))
     layers: dict[str, Any] = {path: surgery.module_at(model, path) for path in paths}
 
-    @jax.jit
-    def more(state: Any, x: Any) -> dict[str, Any]:
-        inner = nnx.merge(graphdef, state, copy=True)
-        found = graphs.capture(inner, dict.fromkeys(paths, "input"))(x)[1]
+    def sums(found: dict[str, Any]) -> dict[str, Any]:
         rows = {path: _patches(layers[path], path, found[path]) for path in paths}
         return {
             path: (jnp.einsum("ngp,ngq->gpq", r, r, precision="highest"), r.shape[0])
             for path, r in rows.items()
         }
 
-    total: Any = None
-    for x in images(batches):
-        found = more(state, x)
-        total = found if total is None else jax.tree.map(jnp.add, total, found)
-    if total is None:
-        raise ValueError("no batches: second moments need at least one")
+    total = captured_sums(model, dict.fromkeys(paths, "input"), sums, batches)
     return {path: moment / count for path, (moment, count) in total.items()}
 
 
