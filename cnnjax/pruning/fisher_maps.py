@@ -50,7 +50,9 @@ def gated_params(params: PyTree, graph: Graph, gates: Any) -> PyTree:
       gates: (num_atoms,).
     """
     axes = gate_axes(graph)
-    spare = jnp.append(jnp.asarray(gates, jnp.float32), 1.0)  # of positions that are fixed: -1
+    gates = jnp.asarray(gates)
+    gates = gates.astype(jnp.promote_types(gates.dtype, jnp.float32))
+    spare = jnp.append(gates, 1.0)  # of positions that are fixed: -1
 
     def one(path: str, leaf: Any) -> Any:
         if path not in axes:
@@ -104,7 +106,10 @@ def fisher_sums(graph: Graph, loss: Loss, *, chunk: int = 16) -> Callable[[PyTre
     @jax.jit
     def sums(params: PyTree, batch: Any) -> Any:
         def one(example: Any) -> Any:
-            ones = jnp.ones(graph.num_atoms, jnp.float32)
+            kinds = {
+                x.dtype for x in jax.tree.leaves(params) if jnp.issubdtype(x.dtype, jnp.floating)
+            }
+            ones = jnp.ones(graph.num_atoms, jnp.result_type(jnp.float32, *kinds))
             g = jax.grad(lambda m: loss(gated_params(params, graph, m), example))(ones)
             return jnp.square(g)
 

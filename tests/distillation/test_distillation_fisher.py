@@ -105,18 +105,28 @@ def test_map_fisher_is_the_squared_gradient_of_explicit_masks():
 @pytest.mark.method("fisher_importance")
 def test_the_gradient_of_a_mask_is_the_sum_of_map_times_gradient():
     model, found, params, batch, loss = setting()
-    w, b = (np.asarray(params["head"][k], np.float64) for k in ("kernel", "bias"))
-    seen = jax.jit(lambda x: graph.capture(model, {"head": "input", "conv3": "output"})(x)[1])(
-        batch["x"]
-    )
+    network, _, stats = training.split_network(model)
+    with jax.enable_x64(True):
+        params, batch = jax.tree.map(
+            lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x,
+            (params, batch),
+        )
+        capture = jax.jit(
+            lambda p, x: graph.capture(
+                network.model(p, stats), {"head": "input", "conv3": "output"}
+            )(x)[1]
+        )
+        seen = capture(params, batch["x"])
+        assert seen["conv3"].dtype == jnp.float64
+        got = pruning.map_fisher(params, found, loss, [batch])
+    w, b = (np.asarray(params["head"][k]) for k in ("kernel", "bias"))
     maps = np.maximum(np.asarray(seen["conv3"], np.float64), 0)
     logits = maps.mean((1, 2)) @ w + b
     q = np.exp(logits - logits.max(-1, keepdims=True))
     slope = q / q.sum(-1, keepdims=True) - np.eye(3)[np.asarray(batch["y"])]
     by_map = (slope @ w.T)[:, None, None] / (maps.shape[1] * maps.shape[2])  # dL/da
     want = 0.5 * np.mean((maps * by_map).sum((1, 2)) ** 2, axis=0)
-    got = pruning.map_fisher(params, found, loss, [batch])
-    np.testing.assert_allclose(got[found.axis("conv3/kernel").labels], want, rtol=1e-5)
+    np.testing.assert_allclose(got[found.axis("conv3/kernel").labels], want, rtol=1e-10)
 
 
 @pytest.mark.method("fisher_importance")
