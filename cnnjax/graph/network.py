@@ -40,7 +40,7 @@ class Graph:
       tables: the same for the ``table`` of grouped kernels.
       table_nodes: the nodes behind ``tables``.
       starts: first node of every axis.
-      twins: (P, 2) pairs of nodes that meet, of identities that come twice on some axis.
+      twins: (P, 3) where nodes meet whose identities come twice on some axis: event, both nodes.
       bonds: rows of identities of channels that one output is made of, in program order.
       pools: identities of channels that are reduced to one value, in program order.
       literals: scalar constants of the program, in order, with their lines' equation info.
@@ -65,7 +65,7 @@ class Graph:
     table_nodes: Mapping[Key, np.ndarray] = dataclasses.field(default_factory=dict, repr=False)
     starts: Mapping[Key, int] = dataclasses.field(default_factory=dict, repr=False)
     twins: np.ndarray = dataclasses.field(
-        default_factory=lambda: np.zeros((0, 2), np.int64), repr=False
+        default_factory=lambda: np.zeros((0, 3), np.int64), repr=False
     )
     bonds: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)
     pools: tuple[np.ndarray, ...] = dataclasses.field(default=(), repr=False)

@@ -12,7 +12,7 @@ from cnnjax.graph.bonds import identified
 from cnnjax.graph.ledger import STAY, Event, Ledger, locate, pairs
 from cnnjax.graph.network import Graph
 from cnnjax.graph.outcome import constraints_of, groups_of, layers_of, products, statistics_of
-from cnnjax.graph.twins import fix_depthwise, repeats, twin_pairs
+from cnnjax.graph.twins import fix_ambiguous, repeats, twin_pairs
 from cnnjax.graph.types import FIXED, Fixed, Key, Source
 
 
@@ -132,7 +132,7 @@ def solve(
     lengths = np.fromiter(ledger.lengths.values(), np.int64, len(keys))
     starts = np.fromiter(ledger.starts.values(), np.int64, len(keys))
     owner = np.repeat(np.arange(-1, len(keys)), np.concatenate([[1], lengths]))
-    fix_depthwise(ledger, ident, owner)
+    fix_ambiguous(ledger, ident, owner)
     _mode_ties(ledger, mode)
     # the input axis of a grouped kernel has a table instead of labels of its own
     table_keys: dict[Key, Any] = {}

@@ -16,10 +16,14 @@ from cnnjax.graph.types import Key
 
 
 def joined(ledger: Ledger) -> np.ndarray:
-    """All pairs (P, 2) of different nodes that meet, none of them immovable."""
+    """Where different nodes meet, none of them immovable: (P, 3), the event and both nodes.
+
+    The first is that of the result: ``x + roll(x)`` and ``roll(x) + x`` give other channels.
+    """
     a, b = pairs(ledger.same, ledger.same_to)
+    event = np.repeat(np.arange(len(ledger.same)), [len(to) for to in ledger.same_to])
     use = (a != b) & (a != STAY) & (b != STAY)
-    return np.stack([a[use], b[use]], axis=1)
+    return np.stack([event[use], a[use], b[use]], axis=1)
 
 
 def repeats(classes: np.ndarray, owner: np.ndarray) -> np.ndarray:
@@ -50,36 +54,47 @@ def twice(ident: np.ndarray, owner: np.ndarray) -> np.ndarray | None:
     return out
 
 
-def fix_depthwise(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> None:
-    """What a depthwise convolution reads stays whole where it has twins.
+def fix_ambiguous(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> None:
+    """Stays whole: what a depthwise convolution reads, or a sum over some channels, among twins.
 
-    Its kernel's channels are bound to those that it reads, and not the same; which kernel belongs
-    to which twin after a change of their order is seen in no pair.
+    A depthwise kernel's channels are bound to those that it reads, and not the same; which kernel
+    belongs to which twin after a change of their order is seen in no pair. Nor is which of two
+    twins a sum holds that holds one of them.
     """
-    among = twice(ident, owner) if ledger.depthwise else None
+    among = twice(ident, owner) if ledger.depthwise or ledger.pools else None
     if among is None:
         return
-    for event in ledger.depthwise:
-        if (among[ident[event.labels]] & (event.labels != STAY)).any():
-            ledger.info = event.info
-            reason = f"beside channels that are the same as others, in {event.reason}"
-            ledger.fix(event.labels, reason, policy=True)
+    events = [(e, False) for e in ledger.depthwise] + [(e, True) for e in ledger.pools]
+    for event, pool in events:
+        nodes = np.unique(event.labels[among[ident[event.labels]] & (event.labels != STAY)])
+        if not len(nodes) or (pool and _complete(nodes, ident, owner)):
+            continue
+        ledger.info = event.info
+        reason = f"beside channels that are the same as others, in {event.reason}"
+        ledger.fix(event.labels, reason, policy=True)
+
+
+def _complete(nodes: np.ndarray, ident: np.ndarray, owner: np.ndarray) -> bool:
+    """Whether all twins of these nodes on their axes are among them."""
+    axes = np.isin(owner, owner[nodes])
+    return bool(np.isin(np.flatnonzero(axes & np.isin(ident, ident[nodes])), nodes).all())
 
 
 def twin_pairs(ledger: Ledger, ident: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """The joined pairs (P, 2) of nodes whose class comes more than once on some axis."""
+    """The rows of `joined` with nodes whose class comes more than once on some axis."""
     among = twice(ident, owner)
     if among is None:
-        return np.zeros((0, 2), np.int64)
+        return np.zeros((0, 3), np.int64)
     met = joined(ledger)
-    return met[among[ident[met[:, 0]]]]
+    return met[among[ident[met[:, 1]]]]
 
 
 class Twins:
     """The pairs of the original, and which node of it each node of the shrunk program is.
 
     Attributes:
-      ids: identities of the original that come twice on an axis.
+      pairs: rows of `joined` of the original, of identities that come twice on an axis.
+      ids: these identities.
       old: the original's node of each node of the shrunk program, -1 while unknown.
     """
 
@@ -94,7 +109,7 @@ class Twins:
         self.new_pairs = joined(ledger) if len(pairs) else pairs
         self.old = np.full(ledger.size if len(pairs) else 0, -1, np.int64)
         self.identity = identity
-        self.ids = np.unique(self.identity[pairs[:, 0]]) if len(pairs) else np.zeros(0, np.int64)
+        self.ids = np.unique(self.identity[pairs[:, 1]]) if len(pairs) else np.zeros(0, np.int64)
 
     def among(self, ids: np.ndarray) -> bool:
         """Whether twins are among these identities."""
@@ -117,20 +132,21 @@ class Twins:
         """
         start, old_start = self.ledger.starts[key], self.starts[key]
         inside = {int(k) for k in kept}
-        partners: dict[int, set[int]] = {}
-        for a, b in self.pairs.tolist():
-            for x, y in ((a, b), (b, a)):
-                if y - old_start in inside:
-                    partners.setdefault(x, set()).add(y - old_start)
+        partners: dict[tuple[int, int], set[int]] = {}
+        for _, *ends in self.pairs.tolist():
+            for side in (0, 1):
+                at = ends[1 - side] - old_start
+                if at in inside:
+                    partners.setdefault((side, ends[side]), set()).add(at)
         found: list[set[int]] = [
             {int(k) for k in kept if self.identity[old_start + k] == label}
             for label in known.tolist()
         ]
-        for a, b in self.new_pairs.tolist():
-            for x, y in ((a, b), (b, a)):
-                other = int(self.old[y])
-                if start <= x < start + len(kept) and other >= 0 and other in partners:
-                    found[x - start] &= partners[other]
+        for _, *ends in self.new_pairs.tolist():
+            for side in (0, 1):
+                at, other = ends[1 - side] - start, int(self.old[ends[side]])
+                if 0 <= at < len(kept) and (side, other) in partners:
+                    found[at] &= partners[side, other]
         if any(len(f) != 1 for f in found):
             return None
         index = np.array([f.pop() for f in found], np.int64)
@@ -140,12 +156,13 @@ class Twins:
         """Whether the shrunk program joins other twins than the original does."""
         if not len(self.pairs):
             return False
-        left = np.isin(self.pairs, self.old[self.old >= 0]).all(axis=1)
-        new = self.old[self.new_pairs]
-        new = new[(new >= 0).all(axis=1)]
-        new = new[np.isin(self.identity[new[:, 0]], self.ids)]
-        return _as_set(self.pairs[left]) != _as_set(new)
-
-
-def _as_set(pairs: np.ndarray) -> set[tuple[int, int]]:
-    return {(min(a, b), max(a, b)) for a, b in pairs.tolist() if a != b}
+        left = np.isin(self.pairs[:, 1:], self.old[self.old >= 0]).all(axis=1)
+        new = np.column_stack([self.new_pairs[:, 0], self.old[self.new_pairs[:, 1:]]])
+        new = new[(new[:, 1:] >= 0).all(axis=1)]
+        new = new[np.isin(self.identity[new[:, 1]], self.ids)]
+        old, new = (set(map(tuple, rows.tolist())) for rows in (self.pairs[left], new))
+        old, new = ({r for r in rows if r[1] != r[2]} for rows in (old, new))
+        if {r[0] for r in old} != {r[0] for r in new}:
+            # arrays that met may be one array now, which is no event: all events together
+            old, new = ({r[1:] for r in rows} for rows in (old, new))
+        return old != new

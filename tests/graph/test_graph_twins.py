@@ -147,3 +147,39 @@ def test_twins_that_a_depthwise_convolution_reads_stay(shift):
     graph = g.trace_fn(program, tree, X)
     assert not graph.groups
     assert any("the same as others" in str(fixed) for fixed in graph.fixed)
+
+
+@pytest.mark.parametrize(
+    ("gone", "words"), [([1], "meets other channels"), ([0, 2], "meet other partners")]
+)
+def test_which_of_two_twins_comes_first_is_seen(gone, words):
+    """Every third channel is the same: of the four that are left of twelve, a roll by 3 joins each
+    with its other neighbour."""
+
+    def program(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.tanh(x + jnp.roll(x, 3, -1)).mean((1, 2)) @ p["a"]
+
+    shapes = {"conv": (3, 3, 3, 12), "a": (12, 2)}
+    tree = {k: np.ones(s, np.float32) for k, s in shapes.items()}
+    graph = g.trace_fn(program, tree, X)
+    assert len(graph.alive()) == 3
+    alive = graph.alive()
+    alive[gone] = False
+    with pytest.raises(g.LabelError, match=words):
+        proof.shrink_tree(program, tree, graph, alive)
+
+
+def test_half_a_sum_among_twins_stays():
+    def program(p, x):
+        x = jax.lax.conv_general_dilated(
+            x, p["conv"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        x = x * jax.nn.sigmoid(x[..., ::-1].mean((1, 2), keepdims=True))
+        return (x * jax.nn.sigmoid(x[..., :4].sum(-1, keepdims=True))).mean((1, 2)) @ p["a"]
+
+    graph = g.trace_fn(program, params(), X)
+    assert not graph.groups
+    assert any("the same as others, in reduce_sum" in str(fixed) for fixed in graph.fixed)
