@@ -126,20 +126,17 @@ def searched(run: Run) -> Found:
     """`bounded` at densities found greedily: an eighth of the dense bits, 32 for a weight and 16
     for its place; every candidate is tuned for 200 steps, the last 5,000 training images judge."""
     image, label = (jnp.asarray(np.concatenate([a[:25600], a[-5000:]])) for a in run.data["train"])
-    image = image.reshape(-1, 784)
     adam = optax.adam(1e-3)
 
-    def loss(params: Any, at: Any, count: int) -> Any:
-        # the barrier keeps the compiler from folding the images' conversion
-        both = jax.lax.optimization_barrier((image, label))
-        x, y = (jax.lax.dynamic_slice_in_dim(a, at, count) for a in both)
+    def loss(params: Any, data: Any, at: Any, count: int) -> Any:
+        x, y = (jax.lax.dynamic_slice_in_dim(a, at, count) for a in data)
         z = logits(params, x.astype(jnp.float32) / 255)
         return optax.softmax_cross_entropy_with_integer_labels(z, y).mean()
 
-    def fit(params: Any, counts: dict[str, Any]) -> Any:
+    def fit(params: Any, counts: dict[str, Any], data: Any) -> Any:
         def step(carry: Any, at: Any) -> tuple[Any, None]:
             params, state = carry
-            updates, state = adam.update(jax.grad(loss)(params, at, 128), state)
+            updates, state = adam.update(jax.grad(loss)(params, data, at, 128), state)
             return (optax.apply_updates(params, updates), state), None
 
         def part(carry: Any, at: Any) -> tuple[Any, None]:
@@ -149,16 +146,17 @@ def searched(run: Run) -> Found:
         start = pruning.project_l0(params, counts)[0]
         at = 128 * jnp.arange(200).reshape(10, 20)
         (params, _), _ = jax.lax.scan(part, (start, adam.init(start)), at)
-        return params, loss(params, 25600, 5000)
+        return params, loss(params, data, 25600, 5000)
 
     flat = treelib.flatten(run.dense)
     budget = sum(32 * np.size(flat[p]) for p in KERNELS) // 8
     start = jax.tree.map(jnp.asarray, run.dense)
     counts, _, moves = pruning.greedy_densities(
         start, fit, budget=budget, densities=(0.3, 0.15, 0.08, 0.05), tolerance=0.05,
-        include=KERNELS,
+        include=KERNELS, data=(image.reshape(-1, 784), label),
     )  # fmt: skip
-    return bounded(run, counts) | {"bits_to_budget": moves[-1]["bits"] / budget, "counts": counts}
+    left = moves[-1]["bits"] if moves else 8 * budget
+    return bounded(run, counts) | {"bits_to_budget": left / budget, "counts": counts}
 
 
 def logits(params: Any, x: Any) -> Any:

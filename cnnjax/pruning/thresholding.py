@@ -218,7 +218,7 @@ def memory(
 
 def greedy_densities(
     params: PyTree,
-    fit: Callable[[PyTree, dict[str, Any]], Any],
+    fit: Callable[..., Any],
     *,
     budget: float | int,
     densities: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05),
@@ -228,6 +228,7 @@ def greedy_densities(
     include: tree.Patterns = "**",
     exclude: tree.Patterns = (),
     batch: int | None = None,
+    data: PyTree | None = None,
 ) -> tuple[dict[str, int], PyTree, list[dict[str, Any]]]:
     """Which layers to sparsify, and how far, under a memory budget; greedy, as Collins & Kohli.
 
@@ -239,7 +240,8 @@ def greedy_densities(
     Args:
       params: any Flax tree.
       fit: ``(params, {path: k}) -> (params, validation loss)``: a short fine-tuning under the
-        counts (traced integers, `project_l0` takes them), or the projection alone. Jittable.
+        counts (traced integers, `project_l0` takes them), or the projection alone. Jittable. With
+        ``data`` it is ``fit(params, {path: k}, data)``.
       budget: bits of the pruned kernels to end at.
       densities: the grid.
       tolerance: how much the validation loss may exceed the dense one's.
@@ -248,6 +250,8 @@ def greedy_densities(
       include: globs of paths that may be pruned.
       exclude: globs of paths to leave alone.
       batch: candidates evaluated side by side (`jax.lax.map`'s batch size); None: one by one.
+      data: arrays that ``fit`` trains on. What it closes over instead becomes a constant of the
+        compiled program, which takes XLA long to fold or is copied at every step.
 
     Returns:
       ``({path: k}, parameters, accepted moves)``. If no move qualifies before the budget is met,
@@ -263,19 +267,25 @@ def greedy_densities(
     bits = {"value_bits": value_bits, "index_bits": index_bits}
 
     @jax.jit
-    def evaluate(start: PyTree, table: Any) -> Any:
+    def compiled(start: PyTree, table: Any, data: PyTree) -> Any:
+        more = () if data is None else (data,)
+
         def one(row: Any) -> Any:
-            return fit(start, {p: row[i] for i, p in enumerate(paths)})
+            return fit(start, {p: row[i] for i, p in enumerate(paths)}, *more)
 
         return jax.lax.map(one, table, batch_size=batch)
+
+    def evaluate(start: PyTree, rows: list[list[int]]) -> Any:
+        # always the same number of rows, so that it compiles once
+        rows = rows + rows[:1] * (len(paths) * len(grid) + 1 - len(rows))
+        return compiled(start, jnp.asarray(rows, jnp.int32), data)
 
     def row(counts: Mapping[str, int]) -> list[int]:
         return [counts.get(p, sizes[p]) for p in paths]
 
     chosen: dict[str, int] = {}
     moves: list[dict[str, Any]] = []
-    _, dense = evaluate(params, jnp.asarray([row(chosen)] * (len(paths) * len(grid)), jnp.int32))
-    base = loss = float(dense[0])
+    base = loss = None
     used = memory(sizes, chosen, **bits)
     while used > budget:
         options = [
@@ -287,11 +297,12 @@ def greedy_densities(
         ]
         if not options:
             break
-        # always the same number of rows, so that it compiles once
-        rows = [row(c) for c in options]
-        rows += rows[:1] * (len(paths) * len(grid) - len(rows))
-        fitted, losses = evaluate(params, jnp.asarray(rows, jnp.int32))
-        losses = np.asarray(losses, np.float64)[: len(options)]
+        first = [chosen] if base is None else []  # the dense network beside the first moves
+        fitted, losses = evaluate(params, [row(c) for c in first + options])
+        losses = np.asarray(losses, np.float64)[: len(first) + len(options)]
+        if base is None or loss is None:
+            base = loss = float(losses[0])
+        losses = losses[len(first) :]
         saved = np.asarray([used - memory(sizes, c, **bits) for c in options], np.float64)
         rise = np.maximum(losses - loss, 1e-12)
         gain = np.where(losses <= base + tolerance, saved / rise, -np.inf)
@@ -299,7 +310,8 @@ def greedy_densities(
         if not np.isfinite(gain[best]):
             break
         chosen, loss = options[best], float(losses[best])
-        params = jax.tree.map(lambda a, i=best: a[i], fitted)
+        at = len(first) + best
+        params = jax.tree.map(lambda a, i=at: a[i], fitted)
         used = memory(sizes, chosen, **bits)
         moves.append({"counts": dict(chosen), "loss": loss, "bits": used})
     return chosen, params, moves

@@ -128,14 +128,14 @@ def test_greedy_meets_the_budget_and_equals_exhaustive_search():
     curve = {"a": 1.0, "b": 1.0, "c": 1.0}
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), w)
 
-    def fit(params, counts):
+    def fit(params, counts, target=w):
         new, _ = thresholding.project_l0(params, counts)
-        return new, sum(curve[p] * jnp.sum((new[p] - w[p]) ** 2) for p in w)
+        return new, sum(curve[p] * jnp.sum((new[p] - target[p]) ** 2) for p in w)
 
     grid, full = (0.5, 0.2), 32 * 30
     budget = 600
     counts, pruned, moves = thresholding.greedy_densities(
-        params, fit, budget=budget, densities=grid, tolerance=0.5, batch=3
+        params, fit, budget=budget, densities=grid, tolerance=0.5, batch=3, data=params
     )
     used = [m["bits"] for m in moves]
     assert used[-1] <= budget
