@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cnnjax import ops
 from cnnjax.models import blocks
 from cnnjax.models.registry import ModelConfig, check_rate
 
@@ -85,7 +86,7 @@ class Pool(nnx.Module):
         if self.pad == "S":
             size, step = (self.window,) * 2, (self.stride,) * 2
             if self.kind == "max":
-                return nnx.max_pool(x, size, step, padding="SAME")
+                return ops.max_pool(x, size, step, padding="SAME")
             return nnx.avg_pool(x, size, step, padding="SAME", count_include_pad=False)
         options: Any = {"ceil": self.pad == "ceil"}
         if self.pad.startswith("p"):

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from cnnjax import ops
+
 
 def flatten(x: Any) -> Any:
     """(N, H, W, C) -> (N, H*W*C), in (h, w, c) order."""
@@ -37,7 +39,7 @@ def max_pool(
     """Max pooling, square window, torch-style padding; ``ceil`` rounds the output size up."""
     stride = stride or window
     pads: Any = [_pool_pads(n, window, stride, pad, ceil) for n in x.shape[1:3]]
-    return nnx.max_pool(x, (window, window), (stride, stride), padding=pads)
+    return ops.max_pool(x, (window, window), (stride, stride), pads)
 
 
 def avg_pool(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from cnnjax import ops
 from cnnjax.models import blocks
 from cnnjax.models.registry import ModelConfig, check_choice, check_positive, check_rate, register
 
@@ -110,7 +111,7 @@ class XceptionBlock(nnx.Module):
         if self.shortcut is None:
             return x + y
         if self.padding == "SAME":
-            y = nnx.max_pool(y, (3, 3), (2, 2), padding="SAME")
+            y = ops.max_pool(y, (3, 3), (2, 2), padding="SAME")
         else:
             y = blocks.max_pool(y, 3, 2, pad=1)
         return y + self.shortcut(x)
