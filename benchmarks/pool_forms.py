@@ -13,6 +13,7 @@ import json
 import pathlib
 import platform
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,6 +35,19 @@ CASES = [
 ]
 
 
+POOLS = {"native": nnx.max_pool, "ours": ops.max_pool}
+
+
+def gradient(pool: Any, window: int, stride: int, padding: Any) -> Any:
+    """(images, cotangent or None for ones) -> values and the images' cotangent."""
+
+    def run(x: Any, ct: Any) -> Any:
+        y, back = jax.vjp(lambda x: pool(x, (window,) * 2, (stride,) * 2, padding), x)
+        return y, back(jnp.ones_like(y) if ct is None else ct)[0]
+
+    return jax.jit(run)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     default = pathlib.Path(__file__).parent / "results" / "pool_forms.json"
@@ -42,25 +56,17 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for shape, k, s, padding in CASES:
-        x = jax.random.normal(jax.random.key(0), shape)
-        size = jax.eval_shape(lambda x: nnx.max_pool(x, (k, k), (s, s), padding), x).shape  # noqa: B023
+        image = jax.random.normal(jax.random.key(0), shape)
+        forms = {name: gradient(pool, k, s, padding) for name, pool in POOLS.items()}
+        size = jax.eval_shape(forms["ours"], image, None)[0].shape
         ct = jax.random.normal(jax.random.key(1), size)
-
-        def gradient(pool, k=k, s=s, padding=padding):
-            def run(x, ct):
-                y, back = jax.vjp(lambda x: pool(x, (k, k), (s, s), padding), x)
-                return y, back(ct)[0]
-
-            return jax.jit(run)
-
-        forms = {"native": gradient(nnx.max_pool), "ours": gradient(ops.max_pool)}
-        results = {name: jax.block_until_ready(f(x, ct)) for name, f in forms.items()}
+        results = {name: jax.block_until_ready(f(image, ct)) for name, f in forms.items()}
         gap = float(np.abs(results["native"][1] - results["ours"][1]).max())
         best = dict.fromkeys(forms, float("inf"))
         for _ in range(args.rounds):
             for name, f in forms.items():
                 start = time.perf_counter()
-                jax.block_until_ready(f(x, ct))
+                jax.block_until_ready(f(image, ct))
                 best[name] = min(best[name], time.perf_counter() - start)
         row = {
             "shape": shape, "window": k, "stride": s, "padding": padding,
