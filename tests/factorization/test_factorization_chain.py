@@ -117,10 +117,13 @@ def test_costs_equal_a_brute_count():
     kernel = np.ones((3, 3, 2, 6), np.float32)
     x = np.ones((1, 9, 8, 4), np.float32)
     out = f.convolve(x, kernel, spec)
-    count = 0
-    for _ in range(out.shape[1] * out.shape[2]):
-        count += 3 * 3 * 2 * 6
+    count = out.shape[1] * out.shape[2] * 3 * 3 * 2 * 6
     assert f.conv_cost(kernel.shape, spec, (9, 8), bias=True) == (kernel.size + 6, count)
+    # the compiler's count, two operations each; it leaves out what meets the padding
+    valid = ConvSpec((2, 1), "VALID", (2, 1), groups=2)
+    compiled = jax.jit(lambda x: f.convolve(x, kernel, valid)).lower(x).compile()
+    (_, macs) = f.conv_cost(kernel.shape, valid, (9, 8))
+    assert compiled.cost_analysis()["flops"] == 2 * macs
     rng = np.random.default_rng(0)
     chain = f.cp4_chain([rng.normal(size=(n, 7)) for n in (3, 5, 4, 6)], ConvSpec((2, 2)))
     # 1x1 at input resolution, then the halves, the last at output resolution

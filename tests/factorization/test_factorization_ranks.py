@@ -22,6 +22,21 @@ def draw(seed):
     return spectra, g.uniform(1, 5, 3)
 
 
+def greedy(spectra, costs, budget):
+    """The rule of section 5.4 written out: every step takes away what costs least energy."""
+    ranks = [6] * 3
+    steps = [cost / 6 for cost in costs]
+    while sum(step * rank for step, rank in zip(steps, ranks)) > budget:
+        before = list(ranks)
+        share = {
+            k: spectra[k][ranks[k] - 1] / spectra[k][: ranks[k]].sum() / steps[k]
+            for k in range(3)
+            if ranks[k] > 1
+        }
+        ranks[min(share, key=share.__getitem__)] -= 1
+    return ranks, before
+
+
 def test_greedy_is_near_the_brute_force_optimum():
     shares = []
     for seed in range(50):
@@ -30,8 +45,10 @@ def test_greedy_is_near_the_brute_force_optimum():
         ranks = f.pca_energy_ranks(spectra, costs, budget)
         spent = sum(c * r / 6 for c, r in zip(costs, ranks))
         assert spent <= budget * (1 + 1e-9)
+        expected, before = greedy(spectra, costs, budget)
+        assert ranks == expected
         # the last eigenvalue taken away was needed
-        assert spent + max(costs) / 6 > budget
+        assert sum(c * r / 6 for c, r in zip(costs, before)) > budget
         best = max(
             energy(spectra, combination)
             for combination in itertools.product(range(1, 7), repeat=3)

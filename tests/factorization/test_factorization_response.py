@@ -41,6 +41,9 @@ def test_symmetric_solution_is_pca_of_the_responses():
         fitted = f.response_low_rank(y, rank)
         error = np.sum((y - np.asarray(fitted(y))) ** 2)
         np.testing.assert_allclose(error, values[rank:].sum(), rtol=1e-5, atol=1e-6 * values[0])
+    # full rank is exact but for the ridge
+    full = f.response_low_rank(y, 24, eps=1e-14)
+    np.testing.assert_allclose(full(y), y, atol=1e-8 * np.abs(y).max())
     np.testing.assert_allclose(
         response_spectrum(y), values / len(y), rtol=1e-7, atol=1e-9 * values[0]
     )

@@ -23,6 +23,11 @@ FULL = {
     "biclustered": f.Biclustered(1.0, always=True),
     "predicted": f.Predicted(1.0, damping=1e-6, scale=0.5, always=True),
 }
+# exact on a few geometries in test_factorization_named.py, here on the whole grid
+NAMED = {
+    name: f.make_rule(name, 1.0, always=True)
+    for name in ("dual_basis", "tensor_train", "asymmetric_3d", "jaderberg_scheme1")
+}
 SIZES = {"haar": (2, 4), "predicted": (3, 3)}  # Haar needs even kernels; tap prediction some taps
 GRID = list(
     itertools.product(
@@ -67,7 +72,7 @@ def check_exact(name, cases):
         kernel = SIZES.get(name, (3, 3)) if size is None else size
         if name in ("haar", "predicted") and size is not None:
             continue
-        groups = 1 if name == "biclustered" else groups
+        groups = 1 if name in ("biclustered", "jaderberg_scheme1") else groups
         model = Wrapped(
             conv(
                 kernel,
@@ -80,7 +85,7 @@ def check_exact(name, cases):
         )
         x = np.random.default_rng(0).normal(size=(1, n + 3, n, 8)).astype(np.float32)
         expected = np.asarray(run(*nnx.split(model), x))
-        small = f.factorize(model, FULL[name])
+        small = f.factorize(model, (FULL | NAMED)[name])
         assert isinstance(small.layer, nnx.Sequential)
         got = np.asarray(run(*nnx.split(small), x))
         assert got.shape == expected.shape
@@ -99,7 +104,7 @@ def test_full_rank_is_the_same_layer(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", [*FULL, *NAMED])
 def test_full_rank_on_the_whole_grid(name):
     check_exact(name, GRID)
 

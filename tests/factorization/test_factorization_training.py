@@ -133,6 +133,7 @@ def test_layerwise_order_log_and_equality_with_one_shot(net):
     small, steps = f.factorize_layerwise(net, rules, nothing, example=EXAMPLE)
     assert log == [(0, "convs/0"), (1, "convs/1"), (2, "convs/2")]
     assert [p.path for p in steps] == [path for _, path in log]
+    assert [len(conv.layers) for conv in small.convs] == [4, 4, 4]
     one_shot = f.factorize(net, rules, EXAMPLE)
     # layers of one shape are fitted side by side in one shot, which rounds differently
     expected = run(one_shot, images(0))
