@@ -6,9 +6,10 @@ For each layer shape and each part (forward, gradient of the input, gradient of 
 forms run in turn, ``--rounds`` times, and the fastest round of each counts: on a shared machine the
 minimum is what the code needs. Only ratios are written (native time / form time: above 1, the form
 is faster; of channel shuffle, native is the transposition). The choice in ``cnnjax/ops/choice.py``
-follows these figures. ``--networks`` compares whole networks, forward and gradient, with every
-convolution native and the shuffle a transposition against the chosen forms. ``--only`` measures
-some cases again, by number; the file's other rows stay.
+follows these figures; ``benchmarks/tuned_forms.py`` measures a network's own layers on any device.
+``--networks`` compares whole networks, forward and gradient, with every convolution native and the
+shuffle a transposition against the chosen forms. ``--only`` measures some cases again, by number;
+the file's other rows stay.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from flax import nnx
 
 from cnnjax import models, ops
 from cnnjax.ops import choice, primitives, shuffle
-from cnnjax.ops.geometry import ConvSpec
+from cnnjax.ops.geometry import ConvCase, ConvSpec, ShuffleCase, kind_of
 
 SAME = {1: ((0, 0), (0, 0)), 3: ((1, 1), (1, 1)), 5: ((2, 2), (2, 2)), 7: ((3, 3), (3, 3))}
 
@@ -94,7 +95,7 @@ def _functions(case: tuple[int, ...], form: str) -> dict[str, tuple[Any, tuple[A
     ct = jax.device_put(
         rng.standard_normal((n, *spec.out_size((size, size), (k, k)), c_out), np.float32)
     )
-    triple = primitives.TRIPLES[primitives.kind_of(kernel.shape, groups)]
+    triple = primitives.TRIPLES[kind_of(kernel.shape, groups)]
     common = {"spec": spec, "form": form, "precision": None}
 
     def bind(primitive: Any, **static: Any) -> Any:
@@ -118,7 +119,7 @@ def _once(fn: Any, args: tuple[Any, ...], repeats: int) -> float:
 def measure(case: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
     """Ratios native / form for the three parts of one layer."""
     n, size, c_in, c_out, k, stride, groups = case
-    kind = primitives.kind_of((k, k, c_in // groups, c_out), groups)
+    kind = kind_of((k, k, c_in // groups, c_out), groups)
     built = {form: _functions(case, form) for form in FORMS[kind]}
     rows = []
     for part in ("forward", "input_grad", "kernel_grad"):
@@ -136,9 +137,8 @@ def measure(case: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
                 if best[form] < 20 * min(best.values()):
                     best[form] = min(best[form], _once(*parts[part], repeats[form]))
         spec = ConvSpec((stride, stride), SAME[k], (1, 1), groups)
-        fn, args = built["native"][part]
-        shapes = [a.shape for a in args]
-        chosen = choice.choose(kind, part, spec, *shapes, platform=jax.default_backend())
+        layer = ConvCase(spec, (n, size, size, c_in), (k, k, c_in // groups, c_out))
+        chosen = choice.choose(layer, part, platform=jax.default_backend())
         rows.append(
             {
                 "kind": kind,
@@ -172,7 +172,8 @@ def measure_shuffle(case: tuple[int, ...], rounds: int) -> list[dict[str, Any]]:
         np.random.default_rng(0).standard_normal((n, size, size, channels), np.float32)
     )
     forms = {"native": shuffle.transposed, "stack": shuffle.stacked, "gather": _permuted}
-    chosen = choice.choose_shuffle(channels, groups, platform=jax.default_backend())
+    shuffled = ShuffleCase(x.shape, groups)
+    chosen = choice.choose_shuffle(shuffled, platform=jax.default_backend())
     rows = []
     for part in ("forward", "input_grad"):
         best, built = {}, {}

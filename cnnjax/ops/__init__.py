@@ -1,4 +1,4 @@
-"""Depthwise, grouped and 1x1 convolution and channel shuffle as each platform runs them fastest."""
+"""Convolutions, max pooling and channel shuffle as each platform runs them fastest."""
 
 from __future__ import annotations
 
@@ -10,21 +10,31 @@ from cnnjax.ops.conv import (
     grouped,
     pointwise,
 )
-from cnnjax.ops.geometry import ConvSpec
+from cnnjax.ops.geometry import ConvCase, ConvSpec, ShuffleCase
 from cnnjax.ops.layers import Conv
+from cnnjax.ops.pooling import max_pool
 from cnnjax.ops.primitives import FORWARD_PRIMITIVES, recognise
 from cnnjax.ops.shuffle import channel_shuffle
+from cnnjax.ops.table import FormTable, use_table
+from cnnjax.ops.tuning import chosen_parts, tune
 
 __all__ = [
     "FORWARD_PRIMITIVES",
     "Conv",
+    "ConvCase",
     "ConvSpec",
+    "FormTable",
+    "ShuffleCase",
     "channel_shuffle",
     "choose",
+    "chosen_parts",
     "conv",
     "conv_general_dilated",
     "depthwise",
     "grouped",
+    "max_pool",
     "pointwise",
     "recognise",
+    "tune",
+    "use_table",
 ]

@@ -25,11 +25,12 @@ from jaxtyping import Array, Float
 
 from cnnjax.errors import did_you_mean
 from cnnjax.ops import choice, formulas, primitives
-from cnnjax.ops.geometry import ConvSpec, IntPair, Padding, explicit_padding, pair
+from cnnjax.ops.geometry import ConvSpec, IntPair, Padding, explicit_padding, kind_of, pair
+from cnnjax.ops.table import in_force
 
 
 def _named(kind: str) -> Callable[..., Array]:
-    def call(x: Any, kernel: Any, spec: ConvSpec, form: str, precision: Any) -> Any:
+    def call(x: Any, kernel: Any, spec: ConvSpec, form: Any, precision: Any) -> Any:
         return primitives.bind(x, kernel, spec, form, precision)
 
     call.__name__ = call.__qualname__ = f"cnnjax_{kind}_conv"
@@ -63,7 +64,8 @@ def conv(
       padding: ``"SAME"`` (TensorFlow's), ``"VALID"``, an int, or ((top, bottom), (left, right)).
       dilation: of the kernel.
       groups: feature groups; ``groups == C_in`` is depthwise.
-      form: ``"auto"`` picks by platform; ``"native"`` is ``lax``'s convolution, ``"shift"`` the sum
+      form: ``"auto"`` picks by platform, or as the table of measured forms says that is in force
+        (:func:`cnnjax.ops.use_table`); ``"native"`` is ``lax``'s convolution, ``"shift"`` the sum
         of shifted multiply-adds (depthwise), ``"dot"`` matrix products.
       precision: as in ``lax``.
 
@@ -87,7 +89,7 @@ def conv(
     window, step, rate = (kh, kw), pair(strides, "strides"), pair(dilation, "dilation")
     pads = explicit_padding(padding, (x.shape[1], x.shape[2]), window, step, rate)
     spec = ConvSpec(step, pads, rate, groups)
-    kind = primitives.kind_of(kernel.shape, groups)
+    kind = kind_of(kernel.shape, groups)
     if form not in choice.FORMS:
         raise ValueError(f"unknown form {form!r}.{did_you_mean(form, choice.FORMS)}")
     if form != "auto" and form not in choice.BY_KIND[kind]:
@@ -102,7 +104,8 @@ def conv(
     if plain or form == "native":
         return primitives.as_lax(x, kernel, spec, precision)
     x, kernel = formulas.vary_alike(x, kernel)
-    return _CALLS[kind](x, kernel, spec, form, _hashable(precision))
+    chosen = (in_force() or form) if form == "auto" else form
+    return _CALLS[kind](x, kernel, spec, chosen, _hashable(precision))
 
 
 def depthwise(

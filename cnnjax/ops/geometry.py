@@ -1,4 +1,4 @@
-"""The static geometry of a 2-D convolution: strides, explicit pads, dilation, groups, sizes."""
+"""What is static of a 2-D convolution: strides, explicit pads, dilation, groups, sizes, types."""
 
 from __future__ import annotations
 
@@ -32,6 +32,72 @@ class ConvSpec:
         for n, k, s, (lo, hi), d in zip(size, kernel, self.strides, self.padding, self.dilation):
             sizes.append(max(0, (n + lo + hi - (k - 1) * d - 1) // s + 1))
         return sizes[0], sizes[1]
+
+
+PARTS = ("forward", "input_grad", "kernel_grad")
+
+
+def kind_of(kernel_shape: tuple[int, ...], groups: int) -> str:
+    """``"depthwise"``, ``"grouped"``, ``"pointwise"`` or ``"dense"`` (kernel HWIO)."""
+    kh, kw, c_group, _ = kernel_shape
+    if groups > 1:
+        return "depthwise" if c_group == 1 else "grouped"
+    return "pointwise" if (kh, kw) == (1, 1) else "dense"
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvCase:
+    """Everything that the choice of a form may depend on besides the platform.
+
+    Attributes:
+      spec: strides, pads, dilation, groups.
+      x: shape of the input, (N, H, W, C_in).
+      kernel: shape of the kernel, (kh, kw, C_in / groups, C_out).
+      dtype: name of the arrays' type.
+      precision: name of the asked-for precision of products, None: the default.
+    """
+
+    spec: ConvSpec
+    x: tuple[int, int, int, int]
+    kernel: tuple[int, int, int, int]
+    dtype: str = "float32"
+    precision: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """See :func:`kind_of`."""
+        return kind_of(self.kernel, self.spec.groups)
+
+    @property
+    def out(self) -> tuple[int, int, int, int]:
+        """Shape of the output, (N, Ho, Wo, C_out)."""
+        size = self.spec.out_size((self.x[1], self.x[2]), (self.kernel[0], self.kernel[1]))
+        return (self.x[0], *size, self.kernel[3])
+
+
+@dataclasses.dataclass(frozen=True)
+class ShuffleCase:
+    """One channel shuffle.
+
+    Attributes:
+      x: shape of the array, channels last.
+      groups: g; the last axis is read as (g, C/g).
+      dtype: name of the array's type.
+    """
+
+    x: tuple[int, ...]
+    groups: int
+    dtype: str = "float32"
+
+
+def precision_name(precision: Any) -> str | None:
+    """``precision`` of ``lax`` as text, two of them with a comma; None stays None."""
+    if precision is None or isinstance(precision, str):
+        return precision
+    if isinstance(precision, Sequence):
+        names = [precision_name(p) or "default" for p in precision]
+        return names[0] if len(set(names)) == 1 else ",".join(names)
+    return getattr(precision, "name", str(precision)).lower()
 
 
 def pair(value: IntPair, name: str) -> tuple[int, int]:

@@ -27,7 +27,7 @@ from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
 from cnnjax.ops import choice, formulas, products
-from cnnjax.ops.geometry import ConvSpec
+from cnnjax.ops.geometry import ConvCase, ConvSpec, kind_of, precision_name
 
 Array = jax.Array
 
@@ -56,22 +56,49 @@ class Triple(NamedTuple):
     kernel_grad: Primitive
 
 
-def kind_of(kernel_shape: tuple[int, ...], groups: int) -> str:
-    """``"depthwise"``, ``"grouped"``, ``"pointwise"`` or ``"dense"`` (kernel HWIO)."""
-    kh, kw, c_group, _ = kernel_shape
-    if groups > 1:
-        return "depthwise" if c_group == 1 else "grouped"
-    return "pointwise" if (kh, kw) == (1, 1) else "dense"
-
-
 def _abstract(shape: tuple[int, ...], like: Any) -> Any:
     return like.update(shape=tuple(shape), weak_type=False)
 
 
-def bind(x: Array, kernel: Array, spec: ConvSpec, form: str, precision: Any) -> Array:
-    """The convolution, through the primitive of its kind."""
+def case_of(part: str, a: Any, b: Any, params: dict[str, Any]) -> ConvCase:
+    """What a part's two arrays (x and kernel, ct and kernel, x and ct) are the convolution of.
+
+    Args:
+      part: see :data:`cnnjax.ops.geometry.PARTS`.
+      a, b: arrays or their abstract values.
+      params: of the equation of the primitive.
+    """
+    spec, precision = params["spec"], precision_name(params["precision"])
+    x, kernel = tuple(a.shape), tuple(b.shape)
+    if part == "input_grad":
+        x = (x[0], *params["size"], kernel[2] * spec.groups)
+    elif part == "kernel_grad":
+        kernel = (*params["kernel_size"], x[3] // spec.groups, kernel[3])
+    return ConvCase(spec, x, kernel, jnp.dtype(a.dtype).name, precision)
+
+
+def bind(x: Array, kernel: Array, spec: ConvSpec, form: Any, precision: Any) -> Array:
+    """The convolution, through the primitive of its kind.
+
+    ``form`` is a name, ``"auto"``, or a table of measured forms: a parameter of the equation, so
+    that no cache of traced or compiled programs mixes tables up.
+    """
     kind = kind_of(kernel.shape, spec.groups)
     return TRIPLES[kind].conv.bind(x, kernel, spec=spec, form=form, precision=precision)
+
+
+def eagerly(primitive: Primitive, static: tuple[str, ...]) -> Any:
+    """The rule for a call outside any trace: the primitive, compiled by itself.
+
+    Under ``jax.disable_jit()`` too: it is one operation, and its meaning is its lowering.
+    """
+    compiled = jax.jit(lambda *a, **kw: primitive.bind(*a, **kw), static_argnames=static)
+
+    def run(*arrays: Array, **params: Any) -> Array:
+        with jax.disable_jit(False):
+            return compiled(*arrays, **params)
+
+    return run
 
 
 def _fold(a: Array, axis: Any, size: int) -> Array:
@@ -107,19 +134,21 @@ def _make(kind: str) -> Triple:
 
     # --- lowering: one place where the platform decides ---
     def lower(primitive: Primitive, table: dict, part: str, abstract: Any) -> None:
-        def run(platform, a, b, *, spec, form, precision, **static):
-            chosen = form
-            if form == "auto":
-                chosen = choice.choose(kind, part, spec, a.shape, b.shape, platform=platform)
-            return table[chosen](a, b, spec, *static.values(), precision)
+        def run(platform, a, b, **params):
+            chosen = params["form"]
+            if chosen == "auto" or not isinstance(chosen, str):
+                case = case_of(part, a, b, params)
+                measured = None if chosen == "auto" else chosen
+                chosen = choice.choose(case, part, platform=platform, table=measured)
+            static = [params[name] for name in ("size", "kernel_size") if name in params]
+            return table[chosen](a, b, params["spec"], *static, params["precision"])
 
-        for platform in ("cpu", None):
+        for platform in (*choice.PLATFORMS, None):
             rule = mlir.lower_fun(functools.partial(run, platform), multiple_results=False)
             mlir.register_lowering(primitive, rule, platform=platform)
         primitive.def_abstract_eval(abstract)
         static = ("spec", "form", "precision", "size", "kernel_size")
-        eager = jax.jit(lambda a, b, **kw: primitive.bind(a, b, **kw), static_argnames=static)
-        primitive.def_impl(eager)
+        primitive.def_impl(eagerly(primitive, static))
 
     lower(conv, _FORWARD, "forward", conv_shape)
     lower(input_grad, _INPUT_GRAD, "input_grad", input_grad_shape)
@@ -170,7 +199,7 @@ def _make(kind: str) -> Triple:
             shape = (*kw["kernel_size"], c_group, b.shape[3])
         else:
             shape = b.shape
-        if kind_of(shape, spec.groups) != kind and kw["form"] != "native":
+        if kind_of(shape, spec.groups) != kind and kw["form"] in ("shift", "dot"):
             kw["form"] = "auto"
         target = getattr(TRIPLES[kind_of(shape, spec.groups)], which)
         return _unfold(target.bind(a, b, spec=spec, **kw), size), 0

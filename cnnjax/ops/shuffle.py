@@ -15,8 +15,11 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
 
 from cnnjax.ops import choice
+from cnnjax.ops.geometry import ShuffleCase
+from cnnjax.ops.primitives import eagerly
+from cnnjax.ops.table import in_force
 
-_SHUFFLE = Primitive("cnnjax_channel_shuffle")
+SHUFFLE = Primitive("cnnjax_channel_shuffle")
 
 
 def transposed(x: Array, groups: int) -> Array:
@@ -34,36 +37,47 @@ def stacked(x: Array, groups: int) -> Array:
     return jnp.concatenate([y[..., i] for i in range(inner)], axis=-1)
 
 
+FORMS = {"native": transposed, "stack": stacked}
+
+
 @functools.lru_cache(maxsize=1024)
 def _meaning(shape: tuple[int, ...], dtype: Any, groups: int) -> ClosedJaxpr:
     like = jax.ShapeDtypeStruct(shape, dtype)
     return jax.make_jaxpr(lambda x: transposed(x, groups))(like)
 
 
-def _bind(x: Array, groups: int) -> Array:
-    return _SHUFFLE.bind(x, groups=groups, call_jaxpr=_meaning(x.shape, x.dtype, groups))
+def _bind(x: Array, groups: int, table: Any) -> Array:
+    meaning = _meaning(x.shape, x.dtype, groups)
+    return SHUFFLE.bind(x, groups=groups, table=table, call_jaxpr=meaning)
 
 
-def _lower(platform: str | None, x: Array, *, groups: int, call_jaxpr: Any) -> Array:
-    form = choice.choose_shuffle(x.shape[-1], groups, platform=platform)
-    return (stacked if form == "stack" else transposed)(x, groups)
+def case_of(x: Any, groups: int) -> ShuffleCase:
+    """The key of a table for a shuffle of this array (or its abstract value)."""
+    return ShuffleCase(tuple(x.shape), groups, jnp.dtype(x.dtype).name)
 
 
-for _platform in ("cpu", None):
+def _lower(platform: str | None, x: Array, *, groups: int, table: Any, call_jaxpr: Any) -> Array:
+    form = choice.choose_shuffle(case_of(x, groups), platform=platform, table=table)
+    return FORMS[form](x, groups)
+
+
+for _platform in (*choice.PLATFORMS, None):
     _rule = mlir.lower_fun(functools.partial(_lower, _platform), multiple_results=False)
-    mlir.register_lowering(_SHUFFLE, _rule, platform=_platform)
-_SHUFFLE.def_abstract_eval(lambda x, **_: x.update(weak_type=False))
-_STATIC = ("groups", "call_jaxpr")
-_SHUFFLE.def_impl(jax.jit(lambda x, groups, call_jaxpr: _bind(x, groups), static_argnames=_STATIC))
+    mlir.register_lowering(SHUFFLE, _rule, platform=_platform)
+SHUFFLE.def_abstract_eval(lambda x, **_: x.update(weak_type=False))
+SHUFFLE.def_impl(eagerly(SHUFFLE, ("groups", "table", "call_jaxpr")))
 # the transpose of a permutation is its inverse
-ad.deflinear2(_SHUFFLE, lambda ct, x, groups, call_jaxpr: [_bind(ct, ct.shape[-1] // groups)])
+ad.deflinear2(
+    SHUFFLE,
+    lambda ct, x, groups, table, call_jaxpr: [_bind(ct, ct.shape[-1] // groups, table)],
+)
 
 
-def _batch(args: Any, dims: Any, *, groups: int, call_jaxpr: Any) -> Any:
-    return _bind(jnp.moveaxis(args[0], dims[0], 0), groups), 0
+def _batch(args: Any, dims: Any, *, groups: int, table: Any, call_jaxpr: Any) -> Any:
+    return _bind(jnp.moveaxis(args[0], dims[0], 0), groups, table), 0
 
 
-batching.primitive_batchers[_SHUFFLE] = _batch
+batching.primitive_batchers[SHUFFLE] = _batch
 
 
 def channel_shuffle(x: Float[Array, "*batch c"], groups: int) -> Float[Array, "*batch c"]:
@@ -77,4 +91,4 @@ def channel_shuffle(x: Float[Array, "*batch c"], groups: int) -> Float[Array, "*
     channels = x.shape[-1]
     if groups < 1 or channels % groups:
         raise ValueError(f"{groups} groups don't divide {channels} channels")
-    return x if groups in (1, channels) else _bind(x, groups)
+    return x if groups in (1, channels) else _bind(x, groups, in_force())

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from cnnjax.ops import choice, geometry
+from cnnjax import ops
+from cnnjax.ops import choice
 
 SAME = {1: ((0, 0), (0, 0)), 3: ((1, 1), (1, 1)), 5: ((2, 2), (2, 2)), 7: ((3, 3), (3, 3))}
 
@@ -28,15 +29,16 @@ def ratios(rows, kind, part=None, form=None):
 
 def now(row):
     """What the rules choose today for a row of the file."""
+    n, side = row["batch"], row["size"]
     if row["kind"] == "shuffle":
-        return choice.choose_shuffle(row["channels"], row["groups"], platform="cpu")
-    n, side, k = row["batch"], row["size"], row["kernel"]
+        case = ops.ShuffleCase((n, side, side, row["channels"]), row["groups"])
+        return choice.choose_shuffle(case, platform="cpu")
     c_in, c_out = row["channels"]
-    spec = geometry.ConvSpec((row["stride"],) * 2, SAME[k], (1, 1), row["groups"])
-    x, kernel = (n, side, side, c_in), (k, k, c_in // row["groups"], c_out)
-    ct = (n, *spec.out_size((side, side), (k, k)), c_out)
-    shapes = {"forward": (x, kernel), "input_grad": (ct, kernel), "kernel_grad": (x, ct)}
-    return choice.choose(row["kind"], row["part"], spec, *shapes[row["part"]], platform="cpu")
+    k = row["kernel"]
+    spec = ops.ConvSpec((row["stride"],) * 2, SAME[k], (1, 1), row["groups"])
+    case = ops.ConvCase(spec, (n, side, side, c_in), (k, k, c_in // row["groups"], c_out))
+    assert case.kind == row["kind"]
+    return ops.choose(case, row["part"], platform="cpu")
 
 
 def test_the_file_was_measured_with_these_rules(rows):
@@ -71,8 +73,10 @@ def test_what_the_docstring_says_holds_in_the_file(rows):
     assert np.median(slices) > 1.2
 
 
-def test_nothing_is_chosen_without_a_measurement():
-    spec = geometry.ConvSpec((1, 1), SAME[3], (1, 1), 8)
-    x, kernel = (1, 8, 8, 8), (3, 3, 1, 8)
-    assert choice.choose("depthwise", "forward", spec, x, kernel, platform=None) == "native"
-    assert choice.choose_shuffle(24, 3, platform=None) == "native"
+@pytest.mark.parametrize("platform", ["gpu", "tpu", None])
+def test_nothing_is_chosen_without_a_measurement(platform):
+    spec = ops.ConvSpec((1, 1), SAME[3], (1, 1), 8)
+    case = ops.ConvCase(spec, (1, 8, 8, 8), (3, 3, 1, 8))
+    assert ops.choose(case, "forward", platform=platform) == "native"
+    shuffled = ops.ShuffleCase((1, 8, 8, 24), 3)
+    assert choice.choose_shuffle(shuffled, platform=platform) == "native"
