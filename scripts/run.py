@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-FLAGS = ("--config", "--workdir", "--data_dir", "--result", "--compile_cache", "--quiet")
+FLAGS = ("--config", "--workdir", "--data_dir", "--result", "--merge", "--compile_cache", "--quiet")
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]]]:
@@ -36,6 +36,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[tuple[str, str]
     parser.add_argument("--workdir", help="default: runs/<name of the config file>")
     parser.add_argument("--data_dir", help="short for --config.data.data_dir")
     parser.add_argument("--result", help="also write a result file (JSON) here")
+    parser.add_argument(
+        "--merge", action="store_true",
+        help="keep the branches in --result that this run left out (only=...)",
+    )  # fmt: skip
     parser.add_argument(
         "--compile_cache", help="folder of JAX's compilation cache, or 'off'", default=None
     )
@@ -80,8 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         workdir = flags.workdir or pathlib.Path("runs") / pathlib.Path(flags.config).stem
         result = pipeline.run(config, workdir, progress=not flags.quiet)
         if flags.result:
-            changed = {k for k, _ in overrides} - {"data.data_dir", "data.workers"}
+            own = {"data.data_dir", "data.workers"}
+            changed = {k for k, _ in overrides if not k.endswith(".only")} - own
             record = report.result_record(result, reduced=bool(changed))
+            if flags.merge and pathlib.Path(flags.result).exists():
+                record = report.merge_branches(report.read_result(flags.result), record)
             report.write_result(record, flags.result)
     except (ValueError, TypeError, OSError, data.DatasetNotPreparedError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -5,6 +5,7 @@ Counts are measured on the network at hand; nothing is typed in.
 
 from __future__ import annotations
 
+from cnnjax.report.branches import merge_branches
 from cnnjax.report.compare import compare, comparison_table
 from cnnjax.report.cost import effective_macs, measure, sparse_bytes
 from cnnjax.report.environment import environment
@@ -45,6 +46,7 @@ __all__ = [
     "human",
     "markdown_table",
     "measure",
+    "merge_branches",
     "plot_curve",
     "read_result",
     "result_record",

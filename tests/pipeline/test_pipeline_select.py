@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -13,10 +14,10 @@ from flax import nnx
 from cnnjax import graph, models, pipeline, pruning, tree
 from cnnjax.pipeline.context import Context
 from cnnjax.pipeline.registry import Carry
-from cnnjax.pipeline.stages import Branches, Select
+from cnnjax.pipeline.stages import Branches, Select, Slimming
 from cnnjax.pipeline.stages import select as module
 from cnnjax.pipeline.stages.masking import params_of
-from cnnjax.training import OptimizerConfig
+from cnnjax.training import OptimizerConfig, ScheduleConfig
 
 DATA = pipeline.DataConfig("digits", batch_size=64, workers=0, test="test[:64]")
 RATIO = {"convs/0": 0.5, "fc": 0.25}
@@ -115,6 +116,41 @@ def test_fresh_weights_are_others_and_statistics_forgotten():
     assert new.norm.scale[...].tolist() == new.norm.var[...].tolist() == [1.0] * 4
     kernel = module.restarted(nnx.Linear(500, 300, rngs=nnx.Rngs(0)), jax.random.key(0)).kernel
     assert float(jnp.std(kernel[...])) == pytest.approx((2 / 500) ** 0.5, rel=0.05)
+
+
+def test_slimming_adds_the_scales_to_the_loss():
+    model = Normed()
+    model.norm.scale[...] = jnp.asarray([0.1, -2.0, 0.5, 1.0])
+    slope = jax.grad(Slimming(strength=0.01).penalty)(params_of(model))
+    np.testing.assert_allclose(slope["norm"]["scale"], [0.01, -0.01, 0.01, 0.01], rtol=1e-6)
+    assert float(jnp.max(jnp.abs(slope["conv"]["kernel"]))) == 0
+    with pytest.raises(ValueError, match="chooses by bn_scale"):
+        Slimming("l1")
+    with pytest.raises(ValueError, match="strength is -1.0"):
+        Slimming(strength=-1.0)
+    with pytest.raises(ValueError, match="unknown normalize 'maen'"):
+        Select(normalize="maen")
+    with pytest.raises(ValueError, match="no branch 'lassso'. Did you mean 'lasso'"):
+        Branches({"lasso": Select()}, only=("lassso",))
+
+
+@pytest.mark.slow
+def test_slimming_makes_scales_small_and_removes_the_smallest(tmp_path):
+    """The scales that stay are smaller than after the same training without the penalty."""
+    recipe = pipeline.Recipe(epochs=2.0, optimizer=OptimizerConfig("sgd", momentum=0.0))
+    recipe = dataclasses.replace(recipe, schedule=ScheduleConfig(base=0.05))
+    network = Carry(Normed())
+    small, scale = {}, {}
+    for strength in (0.0, 0.3):
+        folder = tmp_path / f"{strength}"
+        folder.mkdir()
+        inner = Context(data_config=DATA, seed=0, name="s", folder=folder, progress=False)
+        stage = Slimming(recipe=recipe, strength=strength, macs=0.6)
+        small[strength] = stage.run(network, inner).network.model
+        scale[strength] = np.asarray(small[strength].norm.scale[...])
+    assert small[0.3].norm.scale.shape == (2,)
+    # 42 steps of 0.3 * 0.05 take 0.63 at most; the loss pushes back
+    assert 0.2 < scale[0.0].mean() - scale[0.3].mean() < 0.7
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from cnnjax.pipeline.stages.prune import Prune
 from cnnjax.pipeline.stages.quantize import Quantize
 from cnnjax.pipeline.stages.reconstruct import Reconstruct
 from cnnjax.pipeline.stages.select import Select
+from cnnjax.pipeline.stages.slimming import Slimming
 from cnnjax.pipeline.stages.sparse_training import (
     Gates,
     Proximal,
@@ -51,6 +52,7 @@ __all__ = [
     "Regrow",
     "Select",
     "ShrinkDead",
+    "Slimming",
     "Surgery",
     "Threshold",
     "Train",

@@ -10,6 +10,7 @@ from typing import Any
 import optax
 
 from cnnjax import graph, training
+from cnnjax.errors import did_you_mean
 from cnnjax.pipeline import config, registry
 from cnnjax.pipeline.context import Context, Recipe
 from cnnjax.pipeline.registry import Carry, Outcome, stage
@@ -29,14 +30,20 @@ class Branches:
     Attributes:
       branches: ``{name: stage}``.
       recipe: of the fine-tuning after each.
+      only: names of the branches to carry out; empty: all.
     """
 
     branches: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     recipe: Recipe = dataclasses.field(default_factory=Recipe)
+    only: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.branches:
             raise ValueError("branches is empty: name at least one, {name: stage}")
+        for name in self.only:
+            if name not in self.branches:
+                known = did_you_mean(name, self.branches)
+                raise ValueError(f"only: there is no branch {name!r}.{known}")
         built = {name: _built(fields, name) for name, fields in self.branches.items()}
         object.__setattr__(self, "branches", built)
 
@@ -45,7 +52,8 @@ class Branches:
         image = example_image(context)
         before = graph.profile(network.model, image)
         curve = []
-        for name, first in self.branches.items():
+        for name in self.only or self.branches:
+            first = self.branches[name]
             point = context.recorded(f"branch_{name}")
             if point is None:
                 began = time.monotonic()

@@ -21,6 +21,7 @@ from cnnjax.pipeline.context import Context
 from cnnjax.pipeline.registry import Carry, Outcome, stage
 from cnnjax.pipeline.stages.factorize import accuracy_of, example_image, recalibrated
 from cnnjax.pipeline.stages.masking import params_of, with_params
+from cnnjax.pruning.aggregate import NORMALIZE
 
 _WEIGHTS = ("l1", "l2", "bn_scale", "fpgm", "random")
 _READERS = ("lasso", "thinet")
@@ -44,6 +45,8 @@ class Select:
       method: one of those.
       ratio: ``{glob of group names: share to remove}``, the same widths for every method.
       macs: share of the MACs that may be left, channels of all groups competing; 0: use ``ratio``.
+      normalize: what the scores of a group are divided by before groups compete (see
+        `pruning.select_channels`).
       images: training images for the methods that look at data.
       readers: globs of the layers whose sums ``lasso`` and ``thinet`` keep.
       refit: least squares of the reading layers' kernels on the same images (He et al.).
@@ -54,6 +57,7 @@ class Select:
     method: str = "l1"
     ratio: Mapping[str, float] = dataclasses.field(default_factory=dict)
     macs: float = 0.0
+    normalize: str = "mean"
     images: int = 512
     readers: tuple[str, ...] = ("**",)
     refit: bool = False
@@ -68,6 +72,9 @@ class Select:
             raise ValueError("give ratio or macs, not both")
         if self.method == "fisher_cost" and self.ratio:
             raise ValueError("fisher_cost weighs damage against MACs: give macs, not ratio")
+        if self.normalize not in NORMALIZE:
+            known = did_you_mean(self.normalize, NORMALIZE)
+            raise ValueError(f"unknown normalize {self.normalize!r}.{known}")
         if not 0 <= self.macs < 1:
             raise ValueError(f"macs is {self.macs}; expected a share in [0, 1)")
         for glob, share in self.ratio.items():
@@ -127,7 +134,7 @@ class Select:
     def _keep(self, model: Any, found: Any, batches: list[Any], context: Context) -> Any:
         budget: dict[str, Any] = {"ratio": dict(self.ratio)} if self.ratio else {"macs": self.macs}
         if self.macs:
-            budget |= {"scope": "global", "normalize": "mean"}
+            budget |= {"scope": "global", "normalize": self.normalize}
         pixels = [b["image"] for b in batches]
         if self.method in _WEIGHTS:
             params = params_of(model)
