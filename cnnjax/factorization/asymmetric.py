@@ -27,13 +27,20 @@ from cnnjax.factorization.chain import (
     stages_cost,
 )
 from cnnjax.factorization.choose import choose_ranks
-from cnnjax.factorization.matrix import filter_basis
+from cnnjax.factorization.matrix import check_finite, filter_basis
 from cnnjax.factorization.network import plan
 from cnnjax.factorization.ranks import allocate_ranks, frontier, pca_energy_ranks
 from cnnjax.factorization.rules import Basis, MacsRatio, Ranks, Rule, Spatial, Stages
-from cnnjax.factorization.sites import Batches, Site, find_sites, response_moments, spectra
+from cnnjax.factorization.sites import (
+    Batches,
+    Site,
+    check_samples,
+    find_sites,
+    response_moments,
+    spectra,
+)
 from cnnjax.factorization.spatial import spatial_svd, spatial_unfolding
-from cnnjax.factorization.survey import Plan, spec_of
+from cnnjax.factorization.survey import Plan, as_rules, spec_of
 
 # how many ranks of each part `pca_plan` looks at in a layer
 LEVELS = 24
@@ -120,7 +127,7 @@ def pca_plan(
     """
     if not 0 < macs < 1:
         raise ValueError(f"macs is {macs}; expected a share in (0, 1)")
-    rules = {"**": rules} if isinstance(rules, Rule) else dict(rules)
+    rules = as_rules(rules)
     # any rank will do to see which layers the rules reach and what those cost
     reached = plan(model, {g: r and dataclasses.replace(r, rank=1) for g, r in rules.items()})
     skipped = ("depthwise", "dense: only Basis and Predicted apply")
@@ -133,6 +140,10 @@ def pca_plan(
     sites = find_sites(model, list(chosen_rules), example)
     moments = response_moments(model, sites, batches)
     found = surgery.modules(model)
+    for path, moment in moments.items():
+        groups = getattr(found[path], "feature_group_count", 1)
+        check_samples(path, int(moment.count), moment.yy.shape[0] // groups)
+        check_finite(moment.yy, f"covariance of the responses of {path}")
     layers = [
         (
             chosen_rules[site.path],

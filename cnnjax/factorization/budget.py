@@ -190,6 +190,10 @@ def allocate(
         raise ValueError(f"how is {how!r}; expected 'optimal' or 'greedy'")
     assert value is not None
     total = found.total[what]
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise ValueError(
+            f"{what} budget is the share {value}; expected one in (0, 1], or an int, a count"
+        )
     absolute = value * total if isinstance(value, float) else value
     costs = [np.array([getattr(o, what) for o in m.options], np.float64) for m in found.layers]
     gains = [np.array([o.gain for o in m.options]) for m in found.layers]

@@ -37,6 +37,8 @@ def choose_ranks(
     blocks = np.asarray(split_groups(np.asarray(kernel), spec.groups), np.float64)
     full = rule.full(blocks.shape[1:])
     rank = rule.rank
+    if isinstance(rank, np.integer | np.floating):
+        rank = rank.item()
     name = type(rule).__name__
     if isinstance(rank, tuple):
         if len(rank) != len(full):
@@ -87,8 +89,6 @@ def _by_macs(
     spec: ConvSpec,
     size: tuple[int, int],
 ) -> Ranks:
-    if not ratio > 0:
-        raise ValueError(f"MacsRatio is {ratio}; expected a positive share")
     budget = ratio * conv_cost(shape, spec, size)[1]
     # all of a rule's ranks grow together, as equal shares of full rank
     low, high, top = 0, max(full), max(full)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnnjax.factorization.cp import CPInfo, Factors, cp_info, random_factors
+from cnnjax.factorization.cp import CPInfo, Factors, cp_info, maximum_rank, random_factors
 from cnnjax.factorization.matrix import check_rank, einsum, working
 from cnnjax.typing import AnyArray
 
@@ -31,7 +31,7 @@ def cp_tpm(
     Args:
       key: random key.
       tensor: (kh*kw, i, o) for a convolution kernel.
-      rank: number of deflations, at least 1.
+      rank: number of deflations, at least 1 and at most the product of all modes but the largest.
       iterations: of the power method, at most, per deflation.
       restarts: random starts per deflation, run side by side.
       tolerance: stop when no vector changes more.
@@ -44,7 +44,7 @@ def cp_tpm(
       compression", BigComp 2017, arXiv 1701.07148.
     """
     tensor = working(tensor)
-    check_rank(rank, 10**9, "cp_tpm")
+    check_rank(rank, maximum_rank(tensor.shape), "cp_tpm")
     tiny = jnp.finfo(tensor.dtype).tiny
 
     def unit(x):

@@ -17,7 +17,7 @@ from cnnjax.factorization.matrix import svd_dense
 from cnnjax.factorization.network import plan
 from cnnjax.factorization.rules import Basis, Rule
 from cnnjax.factorization.sites import in_evaluation
-from cnnjax.factorization.survey import LayerPlan, spec_of
+from cnnjax.factorization.survey import LayerPlan, as_rules, spec_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def layer_effects(
     """
     if not ranks:
         raise ValueError("no ranks: give at least one, e.g. ranks=(0.25, 0.5)")
-    rules = {"**": rules} if isinstance(rules, Rule) else dict(rules)
+    rules = as_rules(rules)
     key = jax.random.key(0) if key is None else key
     data = [b if isinstance(b, Mapping) else {"image": b} for b in batches]
     if not data:

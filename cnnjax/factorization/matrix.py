@@ -27,7 +27,7 @@ def working(x: AnyArray) -> Array:
 
 def check_rank(rank: int, maximum: int, what: str) -> None:
     """Raises ValueError unless 1 <= rank <= maximum; the message names the maximum."""
-    if not 1 <= rank <= maximum:
+    if isinstance(rank, float) or not 1 <= rank <= maximum:
         raise ValueError(f"{what} rank is {rank}; expected 1 to {maximum}")
 
 

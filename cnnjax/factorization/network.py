@@ -21,6 +21,7 @@ from cnnjax.factorization.rules import Rule
 from cnnjax.factorization.survey import (
     LayerPlan,
     Plan,
+    as_rules,
     input_sizes,
     matched_layers,
     report,
@@ -70,7 +71,7 @@ def plan(
       ValueError: for a glob that matches no layer, a rank out of range (names the maximum), a
         non-finite kernel, a geometry that has no exact chain.
     """
-    rules = {"**": rules} if isinstance(rules, Rule) else dict(rules)
+    rules = as_rules(rules)
     if macs is not None or params is not None:
         if example is None:
             raise ValueError("a budget needs example= (the input sizes of the layers)")
@@ -114,7 +115,10 @@ def _decided(
     entry: LayerPlan, kernel: np.ndarray, spec: ConvSpec, size: tuple[int, int] | None
 ) -> LayerPlan:
     rule, params = entry.rule, entry.params[0]
-    ranks = choose_ranks(rule, kernel, spec, size)
+    try:
+        ranks = choose_ranks(rule, kernel, spec, size)
+    except ValueError as error:
+        raise ValueError(f"{entry.path}: {error}") from None
     weights, cost = rule.cost(kernel.shape, ranks, spec, size or (1, 1))
     macs = None if entry.macs is None else entry.macs[0]
     if macs is None or rule.saves == "params":

@@ -22,6 +22,7 @@ from cnnjax import surgery
 from cnnjax.factorization.asymmetric import Asymmetric3D
 from cnnjax.factorization.chain import Chain
 from cnnjax.factorization.compose import compose_chain
+from cnnjax.factorization.matrix import check_finite
 from cnnjax.factorization.modules import _linear, chain_module, factor_module
 from cnnjax.factorization.network import plan
 from cnnjax.factorization.onepass import OnePass
@@ -34,6 +35,7 @@ from cnnjax.factorization.rules import Basis, Rule
 from cnnjax.factorization.sites import (
     Batches,
     Site,
+    check_samples,
     find_sites,
     gather_responses,
     images,
@@ -133,6 +135,8 @@ def reconstruct(
     sites = find_sites(model, list(entries), example)
     where = jax.random.fold_in(key, len(decided.layers))
     targets = gather_responses(model, sites, batches, where, options.positions)
+    for path, samples in targets.items():
+        check_finite(samples, f"sample of responses of {path}")
     starts = {}
     for site in sites:
         index, entry = entries[site.path]
@@ -215,11 +219,7 @@ def _fit(
 ) -> tuple[list[LowRankMap], LayerFit]:
     """One map per group of outputs."""
     outputs = y.shape[1] // groups
-    if y.shape[0] < outputs:
-        raise ValueError(
-            f"{site.path}: {y.shape[0]} samples for {outputs} outputs: at least {outputs} are "
-            f"needed ({10 * outputs} are advisable); give more images or positions"
-        )
+    check_samples(site.path, y.shape[0], outputs)
     columns = outputs if rank is None else rank
     fitted = []
     for g in range(groups):

@@ -36,11 +36,19 @@ Ranks = tuple[int, ...]
 Stages = list[tuple[tuple[int, ...], ConvSpec]]
 
 
+def _check_share(value: float, what: str) -> None:
+    if not 0 < value <= 1:
+        raise ValueError(f"{what} is {value}; expected a share in (0, 1]")
+
+
 @dataclasses.dataclass(frozen=True)
 class Energy:
     """The smallest rank that keeps this share of the squared singular values."""
 
     share: float
+
+    def __post_init__(self) -> None:
+        _check_share(self.share, "Energy share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +56,9 @@ class MacsRatio:
     """The largest rank whose chain costs at most this share of the layer's MACs."""
 
     ratio: float
+
+    def __post_init__(self) -> None:
+        _check_share(self.ratio, "MacsRatio ratio")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +80,7 @@ class EVBMF:
 
 KINDS = "expected an int, a share (float), Energy, MacsRatio, EVBMF or 'evbmf'"
 
-Rank = int | float | str | Energy | MacsRatio | EVBMF | tuple
+Rank = int | float | np.integer | np.floating | str | Energy | MacsRatio | EVBMF | tuple
 
 
 @dataclasses.dataclass(frozen=True)

@@ -63,6 +63,15 @@ def images(batches: Batches) -> Iterator[Any]:
         yield jnp.asarray(batch["image"] if isinstance(batch, Mapping) else batch)
 
 
+def check_samples(path: str, samples: int, outputs: int) -> None:
+    """Raises ValueError where responses are too few to say which directions matter."""
+    if samples < outputs:
+        raise ValueError(
+            f"{path}: {samples} samples for {outputs} outputs: at least {outputs} are "
+            f"needed ({10 * outputs} are advisable); give more images or positions"
+        )
+
+
 def find_sites(model: nnx.Module, paths: Sequence[str], example: Any) -> tuple[Site, ...]:
     """The sites of layers, in the order in which the network computes their responses.
 

@@ -105,6 +105,23 @@ def spec_of(layer: nnx.Conv, path: str) -> ConvSpec:
     )
 
 
+def as_rules(rules: Mapping[str, Rule | None] | Rule) -> dict[str, Rule | None]:
+    """``{path glob: rule}``; one rule is for every layer.
+
+    Raises:
+      ValueError: for anything that is no rule.
+    """
+    if not isinstance(rules, Mapping):
+        rules = {"**": rules}
+    for pattern, rule in rules.items():
+        if rule is not None and not isinstance(rule, Rule):
+            raise ValueError(
+                f"{pattern!r} is given {rule!r}; expected a rule, e.g. Basis(8) or "
+                "make_rule('basis', 8), or None to keep the layers"
+            )
+    return dict(rules)
+
+
 def matched_layers(
     model: nnx.Module, rules: Mapping[str, Rule | None]
 ) -> list[tuple[str, Any, Rule]]:

@@ -151,6 +151,8 @@ def test_sensitivity_replaces_the_gains(net):
 def test_bad_budgets(net):
     with pytest.raises(ValueError, match="out of reach: the cheapest options leave"):
         f.plan(net, f_rules(), EXAMPLE, macs=0.01)
+    with pytest.raises(ValueError, match="macs budget is the share 2.5"):
+        f.plan(net, f_rules(), EXAMPLE, macs=2.5)
     with pytest.raises(ValueError, match="one budget, macs or params"):
         f.plan(net, f_rules(), EXAMPLE, macs=0.5, params=0.5)
     with pytest.raises(ValueError, match="'optimal' or 'greedy'"):

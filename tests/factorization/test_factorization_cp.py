@@ -214,6 +214,8 @@ def test_mttkrp_is_the_unfolding_times_khatri_rao(mode):
 def test_bad_rank():
     with pytest.raises(ValueError, match="cp_als rank is 0; expected 1 to 12"):
         f.cp_als(jax.random.key(0), np.ones((3, 4, 5)), 0)
+    with pytest.raises(ValueError, match="cp_tpm rank is 13; expected 1 to 12"):
+        f.cp_tpm(jax.random.key(0), np.ones((3, 4, 5)), 13)
 
 
 @pytest.mark.method("cp_als")

@@ -206,18 +206,28 @@ def test_a_factorized_network_trains(net):
 def test_bad_input(net):
     with pytest.raises(ValueError, match="'block/\\*' matches no convolution"):
         f.plan(net, {"block/*": f.Basis()}, EXAMPLE)
-    with pytest.raises(ValueError, match="Basis rank is 0; expected 1 to 32"):
+    with pytest.raises(ValueError, match="blocks/0: Basis rank is 0; expected 1 to 32"):
         f.plan(net, {"blocks/0": f.Basis(0)}, EXAMPLE)
     with pytest.raises(ValueError, match="rank is 33; expected 1 to 32"):
         f.plan(net, {"blocks/0": f.Basis(33)}, EXAMPLE)
     with pytest.raises(ValueError, match="needs example="):
         f.plan(net, {"blocks/0": f.Basis(f.MacsRatio(0.5))})
+    assert f.plan(net, {"head": f.Basis(np.int64(3))}, EXAMPLE).layers[0].ranks == (3,)
+    for make in (f.MacsRatio, f.Energy):
+        with pytest.raises(ValueError, match=r"is 1.2; expected a share in \(0, 1\]"):
+            make(1.2)
     with pytest.raises(ValueError, match="'vbmf'"):
         f.plan(net, {"blocks/0": f.Tucker2("vbmf")}, EXAMPLE)
     broken = nnx.clone(net)
     broken.stem.kernel[...] = broken.stem.kernel[...].at[0, 0, 0, 0].set(jnp.nan)
     with pytest.raises(ValueError, match="kernel of stem of shape .* holds 1 non-finite"):
         f.plan(broken, {"stem": f.Basis(2)}, EXAMPLE)
+
+
+def test_what_is_no_rule(net, as_user):
+    for rules in ({"blocks/0": "basis"}, {"blocks/0": f.Basis}, "basis"):
+        with pytest.raises(ValueError, match=r"expected a rule, e.g. Basis\(8\)"):
+            f.plan(net, rules, EXAMPLE)
 
 
 class Twins(nnx.Module):

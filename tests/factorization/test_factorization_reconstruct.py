@@ -292,6 +292,10 @@ def test_bad_input(net):
             example=EXAMPLE,
             options=f.Reconstruction(positions=1),
         )
+    with pytest.raises(ValueError, match="a_head: 2 samples for 6 outputs: at least 6"):
+        f.pca_plan(net, {"a_head": f.Basis()}, [smooth(0, 2)], 0.5, example=EXAMPLE)
+    with pytest.raises(ValueError, match="responses of stem of shape .* non-finite"):
+        f.reconstruct(net, {"stem": f.Basis(3)}, [np.nan * smooth(0, 4)], example=EXAMPLE)
     with pytest.raises(ValueError, match="no batches"):
         f.reconstruct(net, {"stem": f.Basis(3)}, [], example=EXAMPLE)
     with pytest.raises(ValueError, match="positions is 0"):
