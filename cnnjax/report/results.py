@@ -151,7 +151,7 @@ def header_lines(record: Mapping[str, Any]) -> list[str]:
     if record["format"] == TABLE:
         names = record["header"][1:]
         for name, *cells in record["rows"]:
-            text = f"{name}: " + ", ".join(f"{n} {c}" for n, c in zip(names, cells))
+            text = f"{name}: " + ", ".join(f"{n} {c}" for n, c in zip(names, cells) if c != "")
             lines += textwrap.wrap(
                 text, 98, initial_indent="# ", subsequent_indent="#   ", break_long_words=False
             )

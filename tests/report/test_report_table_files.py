@@ -13,7 +13,7 @@ RECORD = {
     "seeds": [0, 1],
     "reduced": True,
     "header": ["detector", "mAP %", "runs"],
-    "rows": [["alone", "41.20", 2], ["distilled", "43.70", 2]],
+    "rows": [["alone", "41.20", 2], ["distilled", "43.70", 2], ["none", "", 1]],
     "environment": {"cpu_cores": 2, "devices": 1, "device": "cpu", "jax": "0"},
 }
 
@@ -29,6 +29,7 @@ def test_a_table_reaches_header_and_page(tmp_path, root):
     assert updater.main(["--configs", str(tmp_path)]) == 0
     assert updater.main(["--configs", str(tmp_path), "--check"]) == 0
     assert "# distilled: mAP % 43.70, runs 2\n" in config.read_text()
+    assert "# none: runs 1\n" in config.read_text()  # an empty cell says nothing
     assert "reduced run, seeds 0, 1" in config.read_text()
     page = (tmp_path / "results" / "README.md").read_text()
     assert "## toy" in page
