@@ -9,8 +9,8 @@ full length are `mnist_surgery_lenet_5.py`, `mnist_gates_lenet_5.py` and `mnist_
 Every method and seed writes ``configs/results/mnist_methods_lenet_5.json`` when it is done;
 ``--scale 0.2`` shortens every training again, and the result file says so. Magnitude pruning at 12x
 is run by `mnist_lenet_5.py`. Structured methods end in a really smaller
-network, whose error is the one reported. Data: 60,000 and 10,000 images, no augmentation; no image
-of the test set was used to choose a setting.
+network, whose error is the one reported. Data: 60,000 and 10,000 images, no augmentation; strengths
+of the structured methods were chosen by seed 0 on the last 10,000 training images.
 """
 # ruff: noqa: E501, RUF100
 
@@ -24,7 +24,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from mnist_lab import Found, Method, Run, gated, main, proximal, surgery
+from mnist_lab import Found, Method, Run, gated, main, proximal, splitting, surgery
 
 from cnnjax import graph, pruning
 from cnnjax import tree as treelib
@@ -61,19 +61,19 @@ def hard_concrete(run: Run) -> Found:
     return structured(run, folded)
 
 
-def structured_sparsity(run: Run, strength: float) -> Found:
-    """SSL: proximal steps on filters and channels of the convolutions from the trained network, 7
-    epochs, 3 without."""
-    filters = pruning.Prox("group_l2", strength, group="filter")
-    channels = pruning.Prox("group_l2", strength, group="channel", bias=False)
-    spec = {"conv1/kernel": filters, "conv2/kernel": [filters, channels]}
-    return structured(run, proximal(run, spec, 7, 3, start=run.dense))
+def structured_sparsity(run: Run, maps: float, filters: float) -> Found:
+    """SSL: SGD and proximal steps on filters and channels of the convolutions from the trained
+    network, 7 epochs, 3 without; ``maps`` for conv1's filters and what conv2 reads of them."""
+    of = [pruning.Prox("group_l2", s, group="filter") for s in (maps, filters)]
+    channels = pruning.Prox("group_l2", maps, group="channel", bias=False)
+    spec = {"conv1/kernel": of[0], "conv2/kernel": [of[1], channels]}
+    return structured(run, splitting(run, spec, 7, 3, start=run.dense, rate=0.02))
 
 
 def forward_backward(run: Run) -> Found:
-    """Neurons of the first dense layer, by proximal steps, 5 epochs, 2 without."""
-    spec = {"fc1/kernel": pruning.Prox("group_l2", 2e-3, group="filter")}
-    return structured(run, proximal(run, spec, 5, 2, start=run.dense))
+    """Neurons of the first dense layer, by SGD and proximal steps, 5 epochs, 2 without."""
+    spec = {"fc1/kernel": pruning.Prox("group_l2", 1e-2, group="filter")}
+    return structured(run, splitting(run, spec, 5, 2, start=run.dense, rate=0.02))
 
 
 def columns(run: Run) -> Found:
@@ -132,8 +132,8 @@ METHODS = {
     "merging_300": Method(lambda r: merging(r, 300), "", ""),
     "merging_450": Method(lambda r: merging(r, 450), "", "85 % removed (Srinivas & Babu 2015)"),
     "surgery": Method(lambda r: surgery(r, SURGERY, 10, 0.02, 1e-3), "0.91", "108x (Guo et al. 2016)"),
-    "structured_sparsity_mild": Method(lambda r: structured_sparsity(r, 1e-3), "0.8", "5-19 filters, 1-4 channels (Wen et al. 2016)"),
-    "structured_sparsity": Method(lambda r: structured_sparsity(r, 3e-3), "1.0", "3-12 filters, 1-3 channels (Wen et al. 2016)"),
+    "structured_sparsity_mild": Method(lambda r: structured_sparsity(r, 3e-3, 3e-2), "0.8", "5-19 filters, 1-4 channels (Wen et al. 2016)"),
+    "structured_sparsity": Method(lambda r: structured_sparsity(r, 5e-3, 1e-1), "1.0", "3-12 filters, 1-3 channels (Wen et al. 2016)"),
     "hard_concrete": Method(hard_concrete, "0.9", "20-25-45-462 (Louizos et al. 2018)"),
     "forward_backward": Method(forward_backward, "", "fc1 -97.8 % (Zhou et al. 2016)"),
     "hard_thresholding": Method(hard_thresholding, "", "about 4x, no loss (Jin et al. 2016)"),
