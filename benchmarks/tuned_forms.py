@@ -8,7 +8,7 @@ JAX's default device (CPU, GPU, TPU); then the network's evaluation and the grad
 run in turn by the rules of ``cnnjax/ops/choice.py`` and under the measured table, and the fastest
 round of each counts. Only ratios are written (time by the rules / time under the table: above 1,
 the table is faster), with every part where the two differ. ``--table`` keeps the measured forms in
-a file for ``scripts/run.py --forms``; what it holds already is not measured again.
+a file (`cnnjax.ops.FormTable.load`); what it holds already is not measured again.
 """
 
 from __future__ import annotations

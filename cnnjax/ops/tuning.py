@@ -278,7 +278,7 @@ def tune(
       rounds: number of turns.
       margin: fraction of the time of the rules' choice that must be saved.
       shards: devices that batches will be split over under ``jax.jit``: each form is timed on one
-        device's share.
+        device's share (on the whole where they don't divide it).
       cache: file of a table; what it holds is not measured again, what is measured is added to it.
       timer: ``(candidate, repeats) -> seconds for one call``.
 
@@ -286,8 +286,7 @@ def tune(
       The table: that of the file, if there is one, and what was measured.
 
     Raises:
-      ValueError: arguments out of range, a batch that the shards do not divide, a cache that is no
-        table or of another kind of device.
+      ValueError: arguments out of range, a cache that is no table or of another kind of device.
     """
     if rounds < 1 or shards < 1 or not 0 <= margin < 1:
         raise ValueError(
@@ -308,9 +307,8 @@ def tune(
     for part, case in chosen_parts(fn, *first, *inputs):
         if (part, case) in forms:
             continue
-        if case.x[0] % shards:
-            raise ValueError(f"a batch of {case.x[0]} does not divide over {shards} shards")
-        share = dataclasses.replace(case, x=(case.x[0] // shards, *case.x[1:]))
+        batch, apart = divmod(case.x[0], shards)
+        share = case if apart else dataclasses.replace(case, x=(batch, *case.x[1:]))
         if isinstance(case, ConvCase):
             rule = choice.choose(case, part, platform=here[0])
         else:

@@ -73,6 +73,9 @@ class RunConfig:
       stages: ``{name: stage}`` in order.
       seeds: one whole run for each; results are reported as mean, min and max.
       data_parallel: use all devices of all processes.
+      tune_forms: measure on the device which form each convolution of training and evaluation runs
+        fastest in, before the first step (`cnnjax.ops.tune`); ``forms.json`` in the work folder
+        keeps them. One process only.
       note: free text for the result file.
       expected: published figures to show beside the measured ones, by stage:
         ``{"error": fraction, "compression": ratio, "source": text}``.
@@ -84,6 +87,7 @@ class RunConfig:
     data: DataConfig = DataConfig()
     seeds: tuple[int, ...] = (0,)
     data_parallel: bool = True
+    tune_forms: bool = False
     note: str = ""
     expected: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 

@@ -14,6 +14,7 @@ import jax
 
 from cnnjax import data, training
 from cnnjax.pipeline.config import DataConfig
+from cnnjax.pipeline.forms import Tuned
 
 PyTree = Any
 _ADAM = training.OptimizerConfig("adam")
@@ -95,11 +96,13 @@ class Context:
         folder: pathlib.Path,
         mesh: Any = None,
         progress: bool = True,
+        forms: pathlib.Path | None = None,
     ) -> None:
         """Args: the data, the run's seed, the stage's name and own folder, a mesh for data
-        parallelism, and whether to show progress."""
+        parallelism, whether to show progress, and the file of measured forms of convolutions
+        (None: the rules alone)."""
         self.data, self.seed, self.name, self.folder = data_config, seed, name, folder
-        self.mesh, self.progress = mesh, progress
+        self.mesh, self.progress, self.forms = mesh, progress, forms
         self.order = name  # stages of one order see the same training batches
         self._steps: list[tuple[training.Network, bool, Any, Any]] = []
 
@@ -144,15 +147,26 @@ class Context:
         ema: bool = False,
         hooks: training.Hooks | None = None,
     ) -> dict[str, float]:
-        """``{"loss", "top1", "top5", "count"}`` on the test split (by the hooks' ``reparam``)."""
+        """``{"loss", "top1", "top5", "count"}`` on the test split (by the hooks' ``reparam``), with
+        any batch size over any number of devices."""
         step = next(
             (s for n, e, h, s in self._steps if n is network and e == ema and h is hooks), None
         )
         if step is None:
             step = training.make_eval_step(network, ema=ema, mesh=self.mesh, hooks=hooks)
+            step = self._tuned(step)
             self._steps.append((network, ema, hooks, step))
-        put = None if self.mesh is None else lambda b: training.shard_batch(b, self.mesh)
+        put = None if self.mesh is None else self._spread
         return training.evaluate(step, state, self.test_batches(), put=put)
+
+    def _tuned(self, fn: Callable[..., Any]) -> Callable[..., Any]:
+        return fn if self.forms is None else Tuned(fn, self.forms, self.mesh)
+
+    def _spread(self, batch: dict[str, Any]) -> Any:
+        """A test batch over the mesh, filled up with rows of weight 0 to what its devices share."""
+        devices = max(len(self.mesh.local_devices), 1)
+        rows = -(-len(batch["label"]) // devices) * devices
+        return training.shard_batch(training.pad_batch(batch, rows), self.mesh)
 
     def train(
         self,
@@ -218,6 +232,7 @@ class Context:
             constants=constants,
             mesh=self.mesh,
         )
+        step = dataclasses.replace(step, fn=self._tuned(step.fn))
         call = recipe.steps_per_call
 
         def interval(epochs: float) -> int:

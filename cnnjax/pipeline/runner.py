@@ -19,10 +19,13 @@ from flax import nnx
 
 from cnnjax import data, models, report, training
 from cnnjax.pipeline import store
-from cnnjax.pipeline.config import RunConfig, from_config, to_plain
+from cnnjax.pipeline.config import DataConfig, RunConfig, from_config, to_plain
 from cnnjax.pipeline.context import Context, write_json
 from cnnjax.pipeline.fields import image_shape, model_fields
 from cnnjax.pipeline.registry import Carry, Known, Outcome
+
+# what may differ between the parts of a run that was interrupted
+_ANY = ("note", "seeds", "data_parallel", "tune_forms")
 
 
 def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) -> dict[str, Any]:
@@ -49,6 +52,9 @@ def run(config: Any, workdir: str | os.PathLike[str], *, progress: bool = True) 
     shape = models.abstract(cfg.model.name, **fields)
     _check_stages(cfg, shape, described)
     report.check_floors(cfg.expected, list(cfg.stages))
+    _check_batches(cfg.data)
+    if cfg.tune_forms and jax.process_count() > 1:
+        raise ValueError("tune_forms: processes could measure different forms; leave it off")
     folder = training.check_workdir(workdir)
     plain = json.loads(json.dumps(to_plain(cfg)))
     main = jax.process_index() == 0
@@ -126,6 +132,7 @@ def _run_seed(
             folder=place,
             mesh=mesh,
             progress=progress,
+            forms=folder.parent / "forms.json" if cfg.tune_forms else None,
         )
         if progress and main:
             print(f"[seed {seed}] {name}: {type(stage).__name__}", flush=True)
@@ -168,6 +175,18 @@ def _measure(
     }
 
 
+def _check_batches(chosen: DataConfig) -> None:
+    """Each process reads an equal share of every batch."""
+    processes = jax.process_count()
+    for key in ("batch_size", "eval_batch_size"):
+        size = getattr(chosen, key)
+        if size < 1 or size % processes:
+            raise ValueError(
+                f"data.{key} is {size}; it must be a positive multiple of the number of "
+                f"processes, {processes}"
+            )
+
+
 def _check_stages(cfg: RunConfig, shape: Any, described: Any) -> None:
     params = nnx.to_pure_dict(nnx.state(shape, nnx.Param))
     same, known = True, Known(shape)
@@ -195,8 +214,7 @@ def _check_same_config(folder: pathlib.Path, plain: dict[str, Any]) -> None:
     changed = [
         f"{key} is {new!r}, was {before!r}"
         for key, before, new in _differences(old, plain)
-        if not key.startswith("expected")
-        and key not in ("note", "seeds", "data.data_dir", "data.workers", "data_parallel")
+        if not key.startswith("expected") and key not in (*_ANY, "data.data_dir", "data.workers")
     ]
     if changed:
         raise ValueError(

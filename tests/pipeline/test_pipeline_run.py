@@ -5,10 +5,14 @@ from __future__ import annotations
 import copy
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from cnnjax import data, pipeline, pruning, training
+from cnnjax import data, ops, pipeline, pruning, training
+from cnnjax.pipeline.forms import Tuned
 from cnnjax.pipeline.stages import Prune, Train
 
 HIDDEN = (24, 16)
@@ -215,6 +219,26 @@ def test_mistakes_are_refused_before_any_work(digits_dir, tmp_path, change, mess
     assert not (tmp_path / "run").exists()
 
 
+def test_any_evaluation_batch_on_eight_devices(digits_dir, tmp_path, monkeypatch):
+    """500 images do not divide over 8 devices: rows of weight 0 fill the batch up."""
+    config = make(digits_dir, {"dense": Train(recipe(1.0))})
+    config.data_parallel, config.data.eval_batch_size = True, 500
+    report = pipeline.run(config, tmp_path / "run", progress=False)
+    images, labels = data.arrays("digits", "test", digits_dir)
+    for record in report["runs"][0]["stages"]:
+        p = arrays(tmp_path / "run", record["name"])
+        hits = forward(p, images / 255.0).argmax(1) == labels
+        assert record["accuracy"] == pytest.approx(hits.mean(), abs=1e-12)
+    # a process reads its share of every batch: seen before any work
+    monkeypatch.setattr(jax, "process_count", lambda: 3)
+    with pytest.raises(ValueError, match=r"data.batch_size is 64; .*number of processes, 3"):
+        pipeline.run(config, tmp_path / "other", progress=False)
+    config.data.batch_size, config.data.eval_batch_size, config.tune_forms = 66, 501, True
+    with pytest.raises(ValueError, match="tune_forms: processes could measure different forms"):
+        pipeline.run(config, tmp_path / "other", progress=False)
+    assert not (tmp_path / "other").exists()
+
+
 def test_unwritable_workdir(digits_dir, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="work folder cannot be written"):
@@ -240,3 +264,75 @@ def test_settings_of_a_recipe_reach_the_training(digits_dir, tmp_path):
     assert list(tmp_path.rglob("events.out.tfevents*"))
     with pytest.raises(ValueError, match="remat must be one of"):
         pipeline.Recipe(remat="half")
+
+
+class Small(nnx.Module):
+    """1x1 and depthwise."""
+
+    def __init__(self, rngs):
+        self.widen = ops.Conv(1, 8, (1, 1), rngs=rngs)
+        self.depthwise = ops.Conv(8, 8, (3, 3), feature_group_count=8, rngs=rngs)
+        self.head = nnx.Linear(8, 10, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.depthwise(self.widen(x))).mean((1, 2)))
+
+
+def test_a_step_measures_its_forms_once(tmp_path, monkeypatch):
+    calls, real = [], ops.tune
+
+    def tune(*args, **options):
+        calls.append(1)
+        return real(*args, timer=lambda c, _: 0.5 if c.form == "native" else 1.0, **options)
+
+    monkeypatch.setattr(ops, "tune", tune)
+    x, kernel = jnp.ones((8, 6, 6, 3)), jnp.ones((3, 3, 1, 3))
+    fn = jax.jit(ops.depthwise)
+    tuned = Tuned(fn, tmp_path / "forms.json", training.data_mesh())
+    np.testing.assert_allclose(tuned(x, kernel), tuned(x, kernel))
+    assert calls == [1]
+    np.testing.assert_allclose(tuned(x, kernel), fn(x, kernel), rtol=1e-5)
+    assert fn._cache_size() == 2
+    assert set(ops.FormTable.load(tmp_path / "forms.json").forms.values()) == {"native"}
+
+
+@pytest.mark.slow
+def test_forms_are_measured_before_the_first_step(digits_dir, tmp_path, monkeypatch):
+    chosen = pipeline.DataConfig("digits", data_dir=str(digits_dir), batch_size=64, workers=0)
+    batches, real = [], ops.tune
+
+    def timer(candidate, repeats):
+        batches.append(candidate.case.x[0])
+        return 0.5 if candidate.form == "native" else 1.0
+
+    monkeypatch.setattr(ops, "tune", lambda *a, **k: real(*a, timer=timer, rounds=1, **k))
+
+    def train(name, forms):
+        context = pipeline.Context(
+            data_config=chosen,
+            seed=0,
+            name="dense",
+            folder=tmp_path / name,
+            mesh=training.data_mesh(),
+            progress=False,
+            forms=forms,
+        )
+        (tmp_path / name).mkdir()
+        model = context.train(Small(nnx.Rngs(0)), pipeline.Recipe(), steps=2).model()
+        return jax.tree.leaves(nnx.state(model, nnx.Param))
+
+    plain = train("plain", None)
+    assert not batches
+    file = tmp_path / "forms.json"
+    tuned = train("tuned", file)
+    # a device's share of training's 64 images and of evaluation's 504
+    assert set(batches) == {8, 63}
+    found = ops.FormTable.load(file)
+    assert set(found.forms.values()) == {"native"}
+    assert {part for part, _ in found.forms} == {"forward", "input_grad", "kernel_grad"}
+    batches.clear()
+    again = train("again", file)
+    assert not batches
+    for a, b, c in zip(plain, tuned, again, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(b, c)
