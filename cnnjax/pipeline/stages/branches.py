@@ -96,6 +96,7 @@ def _inner(context: Context, name: str) -> Context:
         folder=folder,
         mesh=context.mesh,
         progress=context.progress,
+        forms=context.forms,
     )
 
 
