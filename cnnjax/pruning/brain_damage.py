@@ -75,10 +75,13 @@ def thin(
       ``(matrices, support)``: for each group (kept columns, filters of the group).
 
     Raises:
-      ValueError: everything is masked, or ``drop_filters`` of a grouped convolution.
+      ValueError: everything is masked, a mask of another shape, or ``drop_filters`` of a grouped
+        convolution.
     """
     host = np.asarray(kernel)
     alive = np.asarray(host != 0 if mask is None else mask)
+    if alive.shape != host.shape:
+        raise ValueError(f"a mask of shape {alive.shape} for a kernel of shape {host.shape}")
     if host.shape[-1] % groups:
         raise ValueError(f"{groups} groups do not divide {host.shape[-1]} filters")
     if drop_filters and groups > 1:

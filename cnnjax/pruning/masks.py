@@ -214,14 +214,24 @@ def mask_from_scores(
 def check_alive(mask: PyTree, *, min_ndim: int = 2) -> None:
     """Raises if a kernel is wholly masked.
 
+    Leaves whose values are not at hand (traced, or spread over several processes) are not checked.
+
     Raises:
       ValueError: names the emptied layers.
     """
     empty = [
-        p for p, m in tree.flatten(mask).items() if m.ndim >= min_ndim and not np.asarray(m).any()
+        path
+        for path, m in tree.flatten(mask).items()
+        if np.ndim(m) >= min_ndim
+        and not isinstance(m, jax.core.Tracer)
+        and getattr(m, "is_fully_addressable", True)
+        and not np.asarray(m).any()
     ]
     if empty:
-        raise ValueError(f"the mask empties {', '.join(empty[:6])}: nothing would pass through")
+        raise ValueError(
+            f"the mask empties {', '.join(empty[:6])}: nothing would pass "
+            "through; keep a weight of each, or leave these layers out"
+        )
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5))

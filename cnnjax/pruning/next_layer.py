@@ -228,7 +228,7 @@ def collect(
       shortcut: see `reconstruct`.
 
     Raises:
-      ValueError: no batch.
+      ValueError: no batch, an empty one, or values that are not finite.
     """
     origin = {layer.path: "output"}
     current = {layer.path: "input"}
@@ -276,9 +276,18 @@ def collect(
     moments = None
     states = tuple(s for _, s in arrays)
     for batch in batches:
+        if any(0 in np.shape(x) for x in jax.tree.leaves(batch)):
+            shapes = [np.shape(x) for x in jax.tree.leaves(batch)]
+            raise ValueError(f"a batch of shapes {shapes} holds nothing: give one image at least")
         moments = add(states, moments, batch)
     if moments is None:
         raise ValueError("no batch to collect activations from")
+    # a sum that holds a NaN or an infinity stays so
+    if not all(np.isfinite(np.asarray(x)).all() for x in jax.tree.leaves(moments)):
+        raise ValueError(
+            f"what {layer.path!r} reads or computes is not finite: look for NaN or infinity in the "
+            "batches and the parameters"
+        )
     return moments
 
 

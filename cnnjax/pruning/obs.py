@@ -40,10 +40,15 @@ def inverse_hessian(
       weights: s, second derivatives of the loss by the output (1 for half the squared error).
 
     Raises:
-      ValueError: alpha that is not positive.
+      ValueError: alpha that is not positive; ``x`` that is no matrix with a row.
     """
     if not alpha > 0:
         raise ValueError(f"alpha must be positive, got {alpha}")
+    if jnp.ndim(x) != 2 or x.shape[0] < 1:
+        raise ValueError(
+            f"derivatives of shape {jnp.shape(x)}; expected (patterns, weights), one pattern at "
+            "least"
+        )
     p, n = x.shape
     s = jnp.ones(p, x.dtype) if weights is None else weights
 
@@ -311,4 +316,6 @@ def _path(w: Array, a: Array, block: int, length: int) -> tuple[Array, Array]:
 def second_moment(x: Float[Any, "p n"]) -> Float[np.ndarray, "n n"]:
     """``E[x x^T]`` on the host in float64; streamed data goes by `reconstruction.Moments`."""
     x = np.asarray(x, np.float64)
+    if x.ndim != 2 or x.shape[0] < 1:
+        raise ValueError(f"samples of shape {x.shape}; expected (samples, inputs), one at least")
     return x.T @ x / x.shape[0]

@@ -32,7 +32,10 @@ class MaskedState(NamedTuple):
 
 
 def masked(
-    optimizer: optax.GradientTransformation, mask: PyTree | None = None
+    optimizer: optax.GradientTransformation,
+    mask: PyTree | None = None,
+    *,
+    allow_empty: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Trains only what the mask keeps; the rest is bit-exact zero after the first update.
 
@@ -43,12 +46,16 @@ def masked(
       optimizer: any optax transformation, complete (learning rate included).
       mask: bool tree like the parameters; ``None`` takes the parameters' non-zeros at ``init``
         (leaves of rank 0 and 1 are kept whole).
+      allow_empty: accept a layer without any weight left, e.g. one that a shortcut bridges.
 
     Raises:
-      ValueError: at ``init``, if the mask does not match the parameters; at ``update``, without
-        ``params``.
+      ValueError: a mask that removes a whole layer (names it; a traced mask, or the non-zeros that
+        ``None`` stands for, can't be checked); at ``init``, if the mask does not match the
+        parameters; at ``update``, without ``params``.
     """
     optimizer = optax.with_extra_args_support(optimizer)
+    if mask is not None and not allow_empty:
+        masks.check_alive(mask)
 
     def init(params: PyTree) -> Any:
         if mask is None:

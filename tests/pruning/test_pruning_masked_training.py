@@ -215,6 +215,14 @@ def test_bad_input_is_named():
     mask = pruning.full_mask(PARAMS)
     with pytest.raises(ValueError, match="mask does not match the parameters"):
         pruning.masked(optax.sgd(0.1), {"a": mask["a"]}).init(PARAMS)
+    none = pruning.full_mask(PARAMS)
+    first = next(p for p, m in tree.flatten(none).items() if m.ndim >= 2)
+    none = tree.map_with_path(lambda p, m: m & (p != first), none)
+    with pytest.raises(ValueError, match=f"empties {first}: nothing would pass"):
+        pruning.masked(optax.sgd(0.1), none)
+    pruning.masked(optax.sgd(0.1), none, allow_empty=True).init(PARAMS)
+    # a traced mask has no values to look at
+    jax.eval_shape(lambda m: pruning.masked(optax.sgd(0.1), m).init(PARAMS), none)
     optimizer = pruning.masked(optax.sgd(0.1), mask)
     with pytest.raises(ValueError, match=r"needs update\(grads, state, params\)"):
         optimizer.update(PARAMS, optimizer.init(PARAMS))

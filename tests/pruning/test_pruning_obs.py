@@ -72,6 +72,10 @@ def test_recursion_equals_the_direct_inverse():
     np.testing.assert_allclose(weighted, want, rtol=1e-8)
     with pytest.raises(ValueError, match="alpha must be positive"):
         obs.inverse_hessian(jnp.asarray(x), 0.0)
+    with pytest.raises(ValueError, match=r"shape \(0, 8\); expected \(patterns, weights\)"):
+        obs.inverse_hessian(jnp.zeros((0, 8)), 1e-2)
+    with pytest.raises(ValueError, match=r"shape \(0, 8\); expected \(samples, inputs\)"):
+        obs.second_moment(np.zeros((0, 8)))
 
 
 @pytest.mark.method("optimal_brain_surgeon")

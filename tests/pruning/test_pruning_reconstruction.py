@@ -261,3 +261,8 @@ def test_bad_input_of_the_whole_model_functions(whole):
         pruning.next_layer_scores(model, graph, batches, include="q")
     with pytest.raises(ValueError, match="nothing to refit"):
         pruning.reconstruct(model, model, graph, graph.alive(), batches)
+    one = {"include": graph.layers[-1].path}
+    with pytest.raises(ValueError, match=r"a batch of shapes \[\(0, .* holds nothing"):
+        pruning.next_layer_scores(model, graph, [batches[0][:0]], **one)
+    with pytest.raises(ValueError, match="reads or computes is not finite"):
+        pruning.next_layer_scores(model, graph, [batches[0] * jnp.nan], **one)
