@@ -48,7 +48,7 @@ def merge_branches(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, 
             name = row["branch"] if row["branch"] in same else same[0]
             rows[row["stage"], name] = {**row, "branch": name}
     rows |= {(row["stage"], row["branch"]): row for row in new["branches"]}
-    return {**new, "branches": list(rows.values()), "config": _whole(new["config"])}
+    return {**new, "branches": list(rows.values()), "config": _of(new["config"], set(rows))}
 
 
 def _common(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,10 +73,12 @@ def _differences(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [where or "value"]
 
 
-def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the restriction to some branches."""
-    stages = {
-        name: {**fields, "only": []} if "only" in fields else fields
-        for name, fields in config["stages"].items()
-    }
+def _of(config: Mapping[str, Any], done: set[tuple[str, str]]) -> dict[str, Any]:
+    """The configuration of these branches (stage, branch)."""
+    stages = {}
+    for name, fields in config["stages"].items():
+        if "branches" in fields:
+            own = {k: v for k, v in fields["branches"].items() if (name, k) in done}
+            fields = {**fields, "branches": own, "only": []}
+        stages[name] = fields
     return {**config, "stages": stages}

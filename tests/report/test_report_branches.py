@@ -45,7 +45,11 @@ def test_old_branches_stay_beside_new_ones_and_follow_their_settings():
     assert {b["branch"]: b["error"] for b in merged["branches"]} == {
         "l1": 0.3, "by_scale": 0.4, "slim": 0.2,
     }  # fmt: skip
-    assert merged["config"]["stages"]["methods"]["only"] == []
+    methods = merged["config"]["stages"]["methods"]
+    assert methods["only"] == []
+    assert set(methods["branches"]) == {"l1", "by_scale", "slim"}
+    again = report.merge_branches(merged, new)
+    assert {b["branch"] for b in again["branches"]} == {"l1", "by_scale", "slim"}
 
 
 @pytest.mark.parametrize(
