@@ -1,6 +1,7 @@
 """Weights of ``keras.applications`` into the models that have a counterpart there.
 
-``mobilenet_v1``, ``mobilenet_v2``, ``xception``, ``inception_v3`` and ``inception_resnet_v2``.
+MobileNets, Xception, Inception-v3, Inception-ResNet-v2, VGGs, ResNets (``resnet50_v1`` ...),
+ResNet50V2 (``preact_resnet50``) and DenseNets.
 Keras has HWIO kernels and NHWC maps as we do; what differs are the names, which it numbers in
 creation order where the author gave none (``conv2d``, ``conv2d_1``, ...).
 
@@ -22,71 +23,19 @@ import numpy as np
 from flax import nnx
 
 from cnnjax.errors import did_you_mean
-from cnnjax.models import blocks
+from cnnjax.models import blocks, keras_names
+from cnnjax.models.keras_names import counterpart, keras_fields
 
+__all__ = [
+    "counterpart",
+    "keras_fields",
+    "load_keras",
+    "read_keras",
+    "read_keras_h5",
+]
 Layers = Mapping[str, Sequence[Any]]
 
-_FIELDS: dict[str, dict[str, Any]] = {
-    "mobilenet_v1": {"activation": "relu6", "bn_epsilon": 1e-3, "bn_momentum": 0.99},
-    "mobilenet_v2": {"padding": "SAME", "bn_epsilon": 1e-3, "bn_momentum": 0.999},
-    "xception": {"dropout": 0.0},
-    "inception_v3": {"use_scale": False, "bn_momentum": 0.99, "dropout": 0.0},
-    "inception_resnet_v2": {"use_scale": False, "bn_momentum": 0.99, "dropout": 0.0},
-}
-
-# our path of a convolution (or of the whole separable layer) -> its explicit Keras name
-_RULES: dict[str, tuple[tuple[str, str], ...]] = {
-    "mobilenet_v1": (
-        (r"stem", "conv1"),
-        (r"blocks/(\d+)/depthwise", "conv_dw_{0}"),
-        (r"blocks/(\d+)/pointwise", "conv_pw_{0}"),
-        (r"fc", "conv_preds"),
-    ),
-    "mobilenet_v2": (
-        (r"stem", "Conv1"),
-        (r"blocks/0/(\w+)", "expanded_conv_{0}"),
-        (r"blocks/(\d+)/(\w+)", "block_{0}_{1}"),
-        (r"head", "Conv_1"),
-    ),
-    "xception": (
-        (r"conv(\d)", "block1_conv{0}"),
-        (r"entry/(\d+)/units/(\d+)", "block{0}_sepconv{1}"),
-        (r"middle/(\d+)/units/(\d+)", "block{0}_sepconv{1}"),
-        (r"exit/units/(\d+)", "block13_sepconv{0}"),
-        (r"tail(\d)", "block14_sepconv{0}"),
-    ),
-    "inception_v3": (),
-    "inception_resnet_v2": (
-        (r"block_a(\d+)/up", "block35_{0}_conv"),
-        (r"block_b(\d+)/up", "block17_{0}_conv"),
-        (r"block_c(\d+)/up", "block8_{0}_conv"),
-        (r"conv_7b", "conv_7b"),
-    ),
-}
-# Keras counts some of these from another number than we do
-_OFFSETS = {
-    ("mobilenet_v1", r"blocks/(\d+)/depthwise"): (1,),
-    ("mobilenet_v1", r"blocks/(\d+)/pointwise"): (1,),
-    ("xception", r"entry/(\d+)/units/(\d+)"): (2, 1),
-    ("xception", r"middle/(\d+)/units/(\d+)"): (5, 1),
-    ("xception", r"exit/units/(\d+)"): (1,),
-    ("inception_resnet_v2", r"block_a(\d+)/up"): (1,),
-    ("inception_resnet_v2", r"block_b(\d+)/up"): (1,),
-    ("inception_resnet_v2", r"block_c(\d+)/up"): (1,),
-}
-_BN_SUFFIX = {"mobilenet_v2": "_BN"}
 _AUTO = re.compile(r"(conv2d|batch_normalization)(?:_(\d+))?")
-
-
-def keras_fields(name: str) -> dict[str, Any]:
-    """Configuration fields with which ``create(name, ...)`` is the network of Keras.
-
-    Raises:
-      ValueError: if ``keras.applications`` has no such network.
-    """
-    if name not in _FIELDS:
-        raise ValueError(f"no Keras counterpart of {name!r}.{did_you_mean(name, _FIELDS)}")
-    return dict(_FIELDS[name])
 
 
 def read_keras_h5(path: str | os.PathLike[str]) -> dict[str, list[np.ndarray]]:
@@ -157,31 +106,9 @@ def _snake(name: str) -> str:
     return re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
 
 
-def counterpart(name: str) -> str:
-    """The Keras application (by our name) of a registered model, e.g. of its other widths.
-
-    Raises:
-      ValueError: there is none.
-    """
-    base = next((k for k in _RULES if name == k or name.startswith(f"{k}_")), None)
-    if base is None or name.endswith("_paper"):
-        raise ValueError(f"no Keras counterpart of {name!r}.{did_you_mean(name, _RULES)}")
-    return base
-
-
-def _name(model: str, path: str) -> str | None:
-    for pattern, template in _RULES[model]:
-        if match := re.fullmatch(pattern, path):
-            groups = list(match.groups())
-            for i, offset in enumerate(_OFFSETS.get((model, pattern), ())):
-                groups[i] = str(int(groups[i]) + offset)
-            return template.format(*groups)
-    return None
-
-
 def _units(module: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, layer) of convolutions, units and dense layers, in the order of their creation."""
-    kinds = (blocks.ConvNorm, nnx.Conv, nnx.Linear)
+    """(path, layer) of convolutions, norms, units and dense layers, in the order of creation."""
+    kinds = (blocks.ConvNorm, nnx.Conv, nnx.Linear, nnx.BatchNorm)
     if isinstance(module, kinds) or (hasattr(module, "pointwise") and hasattr(module, "bn")):
         yield path, module
         return
@@ -198,7 +125,9 @@ class _Source:
     """Hands out a file's layers: by name, or the next automatic one of a kind."""
 
     def __init__(self, layers: Layers):
-        self.layers = {k: [np.asarray(a) for a in v] for k, v in layers.items() if len(v)}
+        # older files: "conv1/bn"
+        named = {k.replace("/", "_"): v for k, v in layers.items()}
+        self.layers = {k: [np.asarray(a) for a in v] for k, v in named.items() if len(v)}
         self.unused = dict.fromkeys(self.layers)
         auto: dict[str, list[tuple[int, str]]] = {"conv2d": [], "batch_normalization": []}
         for name in self.layers:
@@ -250,24 +179,23 @@ def load_keras(model: Any, layers: Layers) -> Any:
     source, wrong = _Source(layers), []
     plan: list[tuple[Any, np.ndarray, str]] = []
     for path, unit in _units(model):
-        keras = _name(base, path)
+        keras = keras_names.name_of(base, path)
         if isinstance(unit, nnx.Linear):
             kernel, bias = source.take(keras or "predictions", "dense", path)
             plan += [(unit.kernel, kernel, f"{path}/kernel"), (unit.bias, bias, f"{path}/bias")]
             continue
-        arrays = source.take(keras, "conv2d", path)
-        if hasattr(unit, "pointwise"):
-            targets = [unit.depthwise.kernel, unit.pointwise.kernel]
-        else:
-            conv = unit if isinstance(unit, nnx.Conv) else unit.conv
-            targets = [conv.kernel, *([conv.bias] if conv.bias is not None else [])]
-        norm = getattr(unit, "bn", None)
+        arrays, targets, norm = [], [], unit if isinstance(unit, nnx.BatchNorm) else None
+        if norm is None:
+            arrays = source.take(keras, "conv2d", path)
+            norm = getattr(unit, "bn", None)
+            keras = keras and keras_names.norm_of(base, keras)
+            if hasattr(unit, "pointwise"):
+                targets = [unit.depthwise.kernel, unit.pointwise.kernel]
+            else:
+                conv = unit if isinstance(unit, nnx.Conv) else unit.conv
+                targets = [conv.kernel, *([conv.bias] if conv.bias is not None else [])]
         if norm is not None:
-            suffix = _BN_SUFFIX.get(base, "_bn")
-            bn_name = keras and f"{keras}{suffix}"
-            if base == "mobilenet_v2" and keras in ("Conv1", "Conv_1"):
-                bn_name = {"Conv1": "bn_Conv1", "Conv_1": "Conv_1_bn"}[keras]
-            arrays = [*arrays, *source.take(bn_name, "batch_normalization", path)]
+            arrays = [*arrays, *source.take(keras, "batch_normalization", path)]
             targets += [v for v in (norm.scale, norm.bias, norm.mean, norm.var) if v is not None]
         if len(arrays) != len(targets):
             wrong.append(f"{path}: {len(targets)} arrays here, {len(arrays)} in the weights")

@@ -101,6 +101,7 @@ _LAYOUTS: dict[str, tuple[Layout, ...]] = {
     "inception_resnet_v2": (Layout(efficient.INCEPTION_RESNET_V2),),
     "mobilenet_v2*": (Layout(efficient.MOBILENET_V2), Layout(timm.MOBILENET_V2)),
     "mobilenet_v1*": (Layout(timm.MOBILENET_V1, (*_TORCH, ("activation", "relu6"))),),
+    "preact_resnet50": (Layout(timm.PREACT_RESNET, (("stem", "bare"),)),),
     "xception": (Layout(timm.XCEPTION, _TORCH),),
 }
 

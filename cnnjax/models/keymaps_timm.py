@@ -77,6 +77,16 @@ XCEPTION: Rules = (
     (r"^tail(\d)\.bn$", lambda m: f"bn{int(m.group(1)) + 2}"),
 )
 
+PREACT_RESNET: Rules = (
+    (r"^layer(\d)\.(\d+)\.", lambda m: f"stages.{int(m.group(1)) - 1}.blocks.{m.group(2)}."),
+    (r"\.body\.branches\.0\.bn(\d)$", r".norm\1"),
+    (r"\.body\.branches\.0\.", "."),
+    (r"\.bn$", ".norm1"),
+    (r"\.projection$", ".downsample.conv"),
+    (r"^conv1$", "stem.conv"),
+    (r"^bn$", "norm"),
+    (r"^fc$", "head.fc"),
+)
 # behind torchvision's rules
 VGG_HEAD: Rules = (
     (r"^classifier\.0$", "pre_logits.fc1"),

@@ -25,6 +25,8 @@ class PreActBranch(nnx.Module):
       stride_on: ``"1x1"`` or ``"3x3"``, bottleneck only.
       dropout: rate between a basic branch's convolutions (wide ResNet).
       fan: ``"out"`` or ``"in"`` of the He initialiser.
+      use_bias: a bias in the last convolution.
+      epsilon: of the batch norms.
     """
 
     def __init__(
@@ -39,10 +41,13 @@ class PreActBranch(nnx.Module):
         stride_on: str = "1x1",
         dropout: float = 0.0,
         fan: str = "out",
+        use_bias: bool = False,
+        epsilon: float = 1e-5,
         dtype: str | None = None,
     ):
-        norms: Any = {"dtype": dtype, "rngs": rngs}
-        convs: Any = {"kernel_init": blocks.init.he_normal(fan), **norms}
+        norms: Any = {"dtype": dtype, "epsilon": epsilon, "rngs": rngs}
+        convs: Any = {"kernel_init": blocks.init.he_normal(fan), "dtype": dtype, "rngs": rngs}
+        last: Any = {"use_bias": use_bias, **convs}
         self.leading = leading
         if leading:
             self.bn1 = blocks.batch_norm(in_features, **norms)
@@ -50,7 +55,7 @@ class PreActBranch(nnx.Module):
         if kind == "basic":
             self.conv1 = blocks.conv(in_features, features, 3, stride, **convs)
             self.bn2 = blocks.batch_norm(features, **norms)
-            self.conv2 = blocks.conv(features, features, 3, **convs)
+            self.conv2 = blocks.conv(features, features, 3, **last)
         else:
             first, second = (stride, 1) if stride_on == "1x1" else (1, stride)
             middle = features // 4
@@ -58,7 +63,7 @@ class PreActBranch(nnx.Module):
             self.bn2 = blocks.batch_norm(middle, **norms)
             self.conv2 = blocks.conv(middle, middle, 3, second, **convs)
             self.bn3 = blocks.batch_norm(middle, **norms)
-            self.conv3 = blocks.conv(middle, features, 1, **convs)
+            self.conv3 = blocks.conv(middle, features, 1, **last)
         self.deep = kind != "basic"
 
     def __call__(self, x: Any) -> Any:
@@ -108,6 +113,8 @@ class PreActUnit(nnx.Module):
       branches: how many parallel branches.
       shortcut: ``"B"`` (projection) or ``"A"`` (parameter-free, on x itself).
       leading: False for a unit that follows a BN-ReLU directly.
+      use_bias: biases in the projection and the branches' last convolutions.
+      epsilon: of the batch norms.
       options: of `PreActBranch`.
     """
 
@@ -122,6 +129,8 @@ class PreActUnit(nnx.Module):
         shortcut: str = "B",
         leading: bool = True,
         fan: str = "out",
+        use_bias: bool = False,
+        epsilon: float = 1e-5,
         dtype: str | None = None,
         **options: Any,
     ):
@@ -130,7 +139,7 @@ class PreActUnit(nnx.Module):
         self.shared = self.project and leading
         self.stride = stride
         if self.shared:
-            self.bn = blocks.batch_norm(in_features, dtype=dtype, rngs=rngs)
+            self.bn = blocks.batch_norm(in_features, epsilon=epsilon, dtype=dtype, rngs=rngs)
         own = leading and not self.shared
         self.body = Branches(
             [
@@ -140,6 +149,8 @@ class PreActUnit(nnx.Module):
                     stride,
                     leading=own,
                     fan=fan,
+                    use_bias=use_bias,
+                    epsilon=epsilon,
                     dtype=dtype,
                     rngs=rngs,
                     **options,
@@ -153,6 +164,7 @@ class PreActUnit(nnx.Module):
                 features,
                 1,
                 stride,
+                use_bias=use_bias,
                 kernel_init=blocks.init.he_normal(fan),
                 dtype=dtype,
                 rngs=rngs,

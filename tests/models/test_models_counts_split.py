@@ -98,6 +98,7 @@ KERAS = [
     ("inception_v3", 23_851_784, 34_432),
     ("inception_resnet_v2", 55_873_736, None),
     ("resnet50_v1", 25_636_712, None),
+    ("preact_resnet50", 25_568_360 + 45_440, 45_440),
 ]
 QUICK = ("xception", "mobilenet_v1", "mobilenet_v1_025", "resnet50_v1")
 
@@ -108,12 +109,7 @@ QUICK = ("xception", "mobilenet_v1", "mobilenet_v1_025", "resnet50_v1")
 )
 def test_keras_totals(name, total, statistics):
     """Keras counts running means and variances too; its Inceptions have no gamma."""
-    if name == "resnet50_v1":
-        fields = {"use_bias": True}
-    elif name.startswith("densenet"):
-        fields = {}
-    else:
-        fields = keras_layers.keras_fields(keras_layers.counterpart(name))
+    fields = keras_layers.keras_fields(keras_layers.counterpart(name))
     model = models.abstract(name, **fields)
     both = nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))
     assert sum(math.prod(v.shape) for v in jax.tree.leaves(both)) == total

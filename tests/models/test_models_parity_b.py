@@ -22,6 +22,10 @@ KERAS = {
     "xception": ("Xception", 75),
     "inception_v3": ("InceptionV3", 96),
     "inception_resnet_v2": ("InceptionResNetV2", 96),
+    "vgg16": ("VGG16", 224),
+    "resnet50_v1": ("ResNet50", 64),
+    "preact_resnet50": ("ResNet50V2", 64),
+    "densenet121": ("DenseNet121", 64),
 }
 
 

@@ -191,6 +191,7 @@ TORCH: dict[str, tuple[str, str, dict[str, Any], int, dict[str, Any]]] = {
     "mobilenet_v1": ("timm.models", "mobilenetv1_100", {}, 64, {**TIMM, "activation": "relu6"}),
     "mobilenet_v2_140": ("timm.models", "mobilenetv2_140", {}, 64, {}),
     "vgg16_bn": ("timm.models", "vgg16_bn", {}, 224, {}),
+    "preact_resnet50": ("timm.models", "resnetv2_50", {}, 64, {"stem": "bare"}),
 }
 
 
