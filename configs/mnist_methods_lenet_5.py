@@ -128,10 +128,12 @@ def merging(run: Run, removed: int) -> Found:
 
 
 SURGERY = dict(zip(KERNELS, (0.10, 0.02, 0.004, 0.03)))
+SPARSER = {path: density / 2 for path, density in SURGERY.items()}
 METHODS = {
     "merging_300": Method(lambda r: merging(r, 300), "", ""),
     "merging_450": Method(lambda r: merging(r, 450), "", "85 % removed (Srinivas & Babu 2015)"),
     "surgery": Method(lambda r: surgery(r, SURGERY, 10, 0.02, 1e-3), "0.91", "108x (Guo et al. 2016)"),
+    "surgery_sparser": Method(lambda r: surgery(r, SPARSER, 10, 0.02, 1e-3), "0.91", "108x (Guo et al. 2016)"),
     "structured_sparsity_mild": Method(lambda r: structured_sparsity(r, 3e-3, 3e-2), "0.8", "5-19 filters, 1-4 channels (Wen et al. 2016)"),
     "structured_sparsity": Method(lambda r: structured_sparsity(r, 5e-3, 1e-1), "1.0", "3-12 filters, 1-3 channels (Wen et al. 2016)"),
     "hard_concrete": Method(hard_concrete, "0.9", "20-25-45-462 (Louizos et al. 2018)"),
