@@ -11,9 +11,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from cnnjax import tree
+from cnnjax.errors import did_you_mean
 from cnnjax.pruning import granularity as grain
 
 PyTree = Any
@@ -136,3 +138,45 @@ def evolutional_dropout(
         return h
     k = max(1, h.shape[-1] // 2) if k is None else k
     return multinomial_dropout(key, h, evolutional_probabilities(jax.lax.stop_gradient(h)), k)
+
+
+class EvolutionalDropout(nnx.Dropout):
+    """`nnx.Dropout` that draws by `evolutional_dropout`, ``(1 - rate) d`` times from d units."""
+
+    def __call__(
+        self, inputs: Any, *, deterministic: bool | None = None, rngs: Any = None
+    ) -> Any:  # fmt: skip
+        """(N, ..., d) -> the same shape; the identity where deterministic."""
+        off = self.deterministic if deterministic is None else deterministic
+        if off or self.rate == 0:
+            return inputs
+        source = self.rngs if rngs is None else rngs
+        if isinstance(source, nnx.Rngs):
+            source = source[self.rng_collection]
+        key: Any = source() if callable(source) else source
+        k = max(1, round((1 - self.rate) * inputs.shape[-1]))
+        return evolutional_dropout(key, inputs, k)
+
+
+def with_dropout(model: nnx.Module, kind: str) -> Any:
+    """The same network with every `nnx.Dropout` of one kind; paths and arrays stay.
+
+    Args:
+      model: NNX module; untouched.
+      kind: ``"evolutional"`` or ``"plain"``.
+
+    Raises:
+      ValueError: another kind; a network without dropout.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown dropout {kind!r}.{did_you_mean(kind, KINDS)}")
+    model = nnx.clone(model)
+    found = [m for _, m in nnx.iter_modules(model) if isinstance(m, nnx.Dropout)]
+    if not any(m.rate > 0 for m in found):
+        raise ValueError("the network has no dropout with a rate above 0: set its field, if any")
+    for module in found:
+        module.__class__ = KINDS[kind]  # the same attributes, so nothing else changes
+    return model
+
+
+KINDS: dict[str, Any] = {"plain": nnx.Dropout, "evolutional": EvolutionalDropout}

@@ -9,8 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 from scipy import integrate, special
 
+from cnnjax.pipeline.stages import Train
 from cnnjax.pruning import gates, noise
 
 RNG = np.random.default_rng(3)
@@ -194,6 +196,33 @@ def test_max_norm_scales_only_long_filters():
     got = noise.max_norm({"k": jnp.asarray(w), "b": jnp.full(2, 9.0)}, 2.5)
     np.testing.assert_allclose(got["k"], [[1.5, 0.3], [2, 0.4]], rtol=1e-6)
     np.testing.assert_array_equal(got["b"], [9, 9])
+
+
+@pytest.mark.method("evolutional_dropout")
+def test_a_networks_dropout_layers_become_evolutional_ones():
+    class Net(nnx.Module):
+        def __init__(self, rate):
+            self.fc = nnx.Linear(3, 8, rngs=nnx.Rngs(0))
+            self.drop = nnx.Dropout(rate, rngs=nnx.Rngs(dropout=1))
+
+        def __call__(self, x):
+            return self.drop(self.fc(x))
+
+    plain = Net(0.25)
+    model = noise.with_dropout(plain, "evolutional")
+    assert type(plain.drop) is nnx.Dropout
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 3)), jnp.float32)
+    key = nnx.clone(plain.drop).rngs()  # the first of the stream
+    want = noise.evolutional_dropout(key, plain.fc(x), 6)
+    np.testing.assert_array_equal(model(x), want)
+    assert not np.array_equal(model(x), want)  # the next
+    model.eval()
+    np.testing.assert_array_equal(model(x), plain.fc(x))
+    assert type(noise.with_dropout(model, "plain").drop) is nnx.Dropout
+    with pytest.raises(ValueError, match="no dropout with a rate above 0"):
+        noise.with_dropout(Net(0.0), "evolutional")
+    with pytest.raises(ValueError, match="unknown dropout 'evolutionary'. Did you mean"):
+        Train(dropout="evolutionary")
 
 
 @pytest.mark.method("evolutional_dropout")

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from cnnjax import graph, pruning, training, tree
-from cnnjax.pruning import gates, penalties
+from cnnjax.pruning import gates, noise, penalties
 
 METHODS = {
     "masked": "magnitude_prune_retrain",
@@ -26,18 +26,21 @@ METHODS = {
     "unit_bias": "weight_decay_biases",
     "rigl": "random_mask_pruning",
     "set": "random_mask_pruning",
+    "plain": "dropout",
+    "evolutional": "evolutional_dropout",
 }
 QUICK = ("surgery", "gates", "hard_thresholding", "proximal")
 FIRST = "layers/0/kernel"
 
 
 class Net(nnx.Module):
-    def __init__(self):
+    def __init__(self, rate=0.0):
         rngs = nnx.Rngs(0)
         self.layers = nnx.List([nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)])
+        self.drop = nnx.Dropout(rate, rngs=rngs)
 
     def __call__(self, x):
-        return self.layers[1](jax.nn.relu(self.layers[0](x)))
+        return self.layers[1](self.drop(jax.nn.relu(self.layers[0](x))))
 
 
 class Batches:
@@ -66,7 +69,9 @@ def build(kind):
     model = Net()
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     adam, options, hooks = optax.adam(0.03), {}, {}
-    if kind == "masked":
+    if kind in noise.KINDS:
+        model, opt = noise.with_dropout(Net(0.5), kind), adam
+    elif kind == "masked":
         opt = pruning.masked(adam, pruning.magnitude_mask(params, sparsity=0.5))
     elif kind == "gradual":
         opt = pruning.gradual(adam, final=0.5, begin=0, end=6, every=2)
