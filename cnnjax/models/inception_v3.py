@@ -20,7 +20,7 @@ from cnnjax.models.inception_blocks import (
     Table,
     unit_of,
 )
-from cnnjax.models.registry import register
+from cnnjax.models.registry import check_choice, register
 
 V3_STEM: Table = (
     ("conv_1a", "3x3/2 V 32"),
@@ -64,12 +64,15 @@ def _c(c: int) -> tuple[str, ...]:
     )
 
 
-_E = (
-    "1x1 320",
-    "1x1 384 -> {1x3 384, 3x1 384}",
-    "1x1 448 -> 3x3 384 -> {1x3 384, 3x1 384}",
-    "avg3 -> 1x1 192",
-)
+def _e(pool: str) -> tuple[str, ...]:
+    return (
+        "1x1 320",
+        "1x1 384 -> {1x3 384, 3x1 384}",
+        "1x1 448 -> 3x3 384 -> {1x3 384, 3x1 384}",
+        f"{pool}3 -> 1x1 192",
+    )
+
+
 _V3: Table = (
     *V3_STEM,
     ("pool_5a", "max3/2 V"),
@@ -89,9 +92,23 @@ _V3: Table = (
             "max3/2 V",
         ),
     ),
-    ("mixed_7b", _E),
-    ("mixed_7c", _E),
+    ("mixed_7b", _e("avg")),
 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class InceptionV3Config(InceptionConfig):
+    """Inception-v3.
+
+    Attributes:
+      last_pool: of the last module, ``"avg"``, or ``"max"`` as in the graph of 2015.
+    """
+
+    last_pool: str = "avg"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice(self, "last_pool", ("avg", "max"))
 
 
 class InceptionV3(InceptionModel):
@@ -99,8 +116,9 @@ class InceptionV3(InceptionModel):
 
     min_size = 75
 
-    def __init__(self, config: InceptionConfig, *, rngs: nnx.Rngs):
-        self._build(config, _V3, aux=aux_on("mixed_6e", config, rngs), rngs=rngs)
+    def __init__(self, config: InceptionV3Config, *, rngs: nnx.Rngs):
+        table = (*_V3, ("mixed_7c", _e(config.last_pool)))
+        self._build(config, table, aux=aux_on("mixed_6e", config, rngs), rngs=rngs)
 
 
 def reduction_a(k: int, l: int, m: int, n: int) -> tuple[str, ...]:  # noqa: E741
@@ -170,5 +188,5 @@ class InceptionV4(InceptionModel):
         self._build(config, table, aux=aux_on(last, config, rngs), rngs=rngs)
 
 
-register("inception_v3", InceptionV3, InceptionConfig(), input_shape=(299, 299, 3))
+register("inception_v3", InceptionV3, InceptionV3Config(), input_shape=(299, 299, 3))
 register("inception_v4", InceptionV4, InceptionV4Config(), input_shape=(299, 299, 3))

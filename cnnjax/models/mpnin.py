@@ -37,7 +37,7 @@ class BlockStage(nnx.Module):
         self.index = index
         self.model = model
         self.head = nnx.data(None)
-        if index < count - 1:
+        if index < count - 1 or model.config.head == "dense":
             width = model.mlps[index].units[-1].conv.out_features
             self.head = blocks.conv(width, model.config.num_classes, 1, use_bias=True, rngs=rngs)
         model.eval()

@@ -52,6 +52,8 @@ class NiNConfig(ModelConfig):
       dropout: drop rate after the pools (CIFAR: both, ImageNet: the last).
       window: CiC: channels that each output of a sparse 1x1 layer sees; None for dense layers.
       window_size: CiC: spatial size k of the sparse layers; 1 is CiC-1D.
+      head: ``"maps"`` (one map a class, averaged) or ``"dense"`` (the last 1x1 layer keeps its
+        width; average, dense layer), as in the batch-normalised version beside Wide ResNet.
       sparse: CiC: which of a block's two 1x1 layers are sparse. At least one should stay dense, to
         mix all windows.
     """
@@ -62,11 +64,13 @@ class NiNConfig(ModelConfig):
     dropout: float = 0.5
     window: int | None = None
     window_size: int = 1
+    head: str = "maps"
     sparse: tuple[bool, bool] = (True, False)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice(self, "layout", tuple(_LAYOUTS))
+        check_choice(self, "head", ("maps", "dense"))
         check_rate(self, "dropout")
         check_positive(self, "window_size")
         if self.window is not None:
@@ -175,7 +179,7 @@ def pooled(x: Any, kind: str | None) -> Any:
 
 
 class NiN(blocks.Model):
-    """mlpconv blocks, the last with one map a class; global average pool.
+    """mlpconv blocks, the last with one map a class (or a dense layer behind); global average pool.
 
     Features ``block1`` ... (before each pool) and ``maps`` (the class maps).
     """
@@ -192,7 +196,8 @@ class NiN(blocks.Model):
         for kernel, stride, pad, widths, _ in layout:
             units = []
             for i, width in enumerate(widths):
-                width = width or config.num_classes
+                if width is None:
+                    width = channels if config.head == "dense" else config.num_classes
                 if i and config.window is not None and config.sparse[i - 1]:
                     conv: Any = WindowConv(
                         channels, width, config.window, config.window_size, **options
@@ -213,6 +218,9 @@ class NiN(blocks.Model):
                 channels = width
             mlps.append(MlpConv(units))
         self.mlps = nnx.List(mlps)
+        self.fc = nnx.data(None)
+        if config.head == "dense":
+            self.fc = blocks.linear(channels, config.num_classes, **options)
         after = range(len(layout) - 1) if config.layout == "cifar" else [len(layout) - 2]
         self.drops = nnx.List(
             nnx.Dropout(config.dropout if i in after else 0.0, rngs=rngs)
@@ -228,7 +236,8 @@ class NiN(blocks.Model):
         for i, (mlp, pool, drop) in enumerate(zip(self.mlps, self.pools, self.drops)):
             x = taps(f"block{i + 1}", blocks.run(mlp, x, remat=self.config.remat))
             x = drop(pooled(x, pool))
-        return blocks.global_avg_pool(taps("maps", x))
+        x = blocks.global_avg_pool(taps("maps", x))
+        return x if self.fc is None else self.fc(x)
 
 
 _CIFAR = (32, 32, 3)

@@ -32,6 +32,7 @@ class ResNetCifarConfig(ModelConfig):
       zero_channels: where shortcut A puts its zero channels, ``"end"`` or ``"both"`` sides.
       survival: stochastic depth's survival probability of the last block, 1 for none.
       survival_decay: ``"linear"`` or ``"uniform"`` over the blocks.
+      use_bias: biases in the convolutions, as in stochastic depth's code.
       scan: run each stage's equal blocks by ``lax.scan`` with stacked parameters: deep networks
         compile as fast as shallow ones.
     """
@@ -43,6 +44,7 @@ class ResNetCifarConfig(ModelConfig):
     zero_channels: str = "end"
     survival: float = 1.0
     survival_decay: str = "linear"
+    use_bias: bool = False
     scan: bool = False
 
     def __post_init__(self) -> None:
@@ -66,7 +68,8 @@ class ResNetCifar(blocks.Model):
         dtype = config.dtype
         n = config.blocks_per_stage
         channels = config.widths[0]
-        self.conv1 = blocks.conv(config.in_channels, channels, 3, dtype=dtype, rngs=rngs)
+        options: Any = {"use_bias": config.use_bias, "dtype": dtype, "rngs": rngs}
+        self.conv1 = blocks.conv(config.in_channels, channels, 3, **options)
         self.bn1 = blocks.batch_norm(channels, dtype=dtype, rngs=rngs)
         for i, width in enumerate(config.widths):
 
@@ -79,6 +82,7 @@ class ResNetCifar(blocks.Model):
                     1 if j or not i else 2,
                     shortcut=config.shortcut,
                     zeros=config.zero_channels,
+                    use_bias=config.use_bias,
                     dtype=dtype,
                     rngs=rngs,
                 )

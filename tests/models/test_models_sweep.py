@@ -19,6 +19,8 @@ MORE = [
     ("highway_10", 12, {"stages": ((4, 1, 3), (4, 1, 2)), "stage_dropout": (0.3, 0.5),
                         "image_size": 12}),
     ("preact_resnet200", 32, {"stages": (1, 1), "widths": (8, 16), "stem_width": 8}),
+    ("preact_resnet50", 33, {"stages": (1, 2), "widths": (8, 16), "stem_width": 8, "stem": "bare",
+                             "keras": True}),
     ("rir_18_wide_projection", 8, {"stages": (1, 1), "width": 4}),
     ("nin_imagenet", 67, {}),
     ("fractalnet34", 32, {"widths": (8, 8), "columns": 2}),
