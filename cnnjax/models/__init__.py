@@ -7,7 +7,7 @@ standard input. Activations are NHWC, kernels HWIO.
 
 from __future__ import annotations
 
-from cnnjax.models.convert import load_weights, read_weights
+from cnnjax.models.convert import load_weights, read_weights, save_weights
 from cnnjax.models.detector import Detector, make_detector
 from cnnjax.models.fold import fold_batchnorm
 from cnnjax.models.pretrained import load_pretrained
@@ -69,4 +69,5 @@ __all__ = [
     "names",
     "read_weights",
     "register",
+    "save_weights",
 ]

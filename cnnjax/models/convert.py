@@ -7,11 +7,13 @@ dense layer that reads a flattened map change from (c, h, w) to (h, w, c) order.
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
+import tempfile
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ import numpy as np
 from flax import nnx
 
 from cnnjax import tree
-from cnnjax.models import keymaps
+from cnnjax.models import keymaps, registry
 
 _LEAVES = {
     "kernel": "weight",
@@ -40,12 +42,15 @@ class _Target:
     flattened: tuple[int, int, int] | None
 
 
+_FIELDS = "__fields__"  # in an .npz file, beside the arrays: JSON
+
+
 def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     """Arrays of a weight file by name: ``.npz``, ``.safetensors`` or PyTorch's ``.pth``/``.pt``.
 
     PyTorch files are read with ``weights_only=True`` (no arbitrary pickles) and need torch,
     ``.safetensors`` needs safetensors. Prefixes ``module.`` and counters ``num_batches_tracked``
-    are dropped.
+    are dropped, and so is what `save_weights` says about the network.
 
     Raises:
       ValueError: unknown suffix, or not a weight file.
@@ -74,8 +79,45 @@ def read_weights(path: str | os.PathLike[str]) -> dict[str, np.ndarray]:
     return {
         name.removeprefix("module."): np.asarray(array)
         for name, array in arrays.items()
-        if not name.endswith("num_batches_tracked")
+        if not name.endswith("num_batches_tracked") and name != _FIELDS
     }
+
+
+def stored_fields(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The configuration fields that `save_weights` wrote into a file; {} for any other file."""
+    path = pathlib.Path(path)
+    if path.suffix.lower() != ".npz":
+        return {}
+    with np.load(path, allow_pickle=False) as file:
+        return json.loads(str(file[_FIELDS])) if _FIELDS in file.files else {}
+
+
+def save_weights(path: str | os.PathLike[str], model: Any) -> int:
+    """Writes a model's parameters and statistics, and in which fields it differs from its name.
+
+    `cnnjax.models.load_pretrained` reads the file back: padding, epsilons and the like, which came
+    with weights of another library, are part of the network.
+
+    Args:
+      path: of the ``.npz`` file; by way of a temporary file beside it and a rename.
+      model: of the registry.
+
+    Returns:
+      the number of arrays, by path (``layer1/0/conv1/kernel``), kernels HWIO.
+    """
+    path = pathlib.Path(path)
+    arrays = tree.flatten(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+    plain, config = registry.config(model.provenance.name), model.config
+    fields = {
+        f.name: getattr(config, f.name)
+        for f in dataclasses.fields(config)
+        if getattr(config, f.name) != getattr(plain, f.name)
+    }
+    named: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in arrays.items()}
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        np.savez(file, **{_FIELDS: np.asarray(json.dumps(fields))}, **named)
+    os.replace(file.name, path)
+    return len(arrays)
 
 
 def _read_safetensors(path: pathlib.Path) -> Mapping[str, Any]:
@@ -171,9 +213,31 @@ def _module(model: Any, path: str) -> Any:
     return model
 
 
+def _is_own(weights: Mapping[str, Any]) -> bool:
+    """Whether the names are our paths: PyTorch's have dots."""
+    return any("/" in name for name in weights)
+
+
+def _match_own(
+    model: Any, weights: Mapping[str, np.ndarray], skip: Sequence[str]
+) -> tuple[dict[str, np.ndarray], list[str]]:
+    state = tree.flatten(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
+    wanted = {p: tuple(v.shape) for p, v in state.items() if not tree.match_any(skip, p)}
+    problems = [f"missing in the file: {p}" for p in wanted if p not in weights]
+    problems += [f"not in the model: {n} {weights[n].shape}" for n in weights if n not in state]
+    problems += [
+        f"{p}: shape {weights[p].shape} doesn't fit {shape}"
+        for p, shape in wanted.items()
+        if p in weights and weights[p].shape != shape
+    ]
+    return {p: weights[p] for p in wanted if p in weights}, problems
+
+
 def _match(
     model: Any, weights: Mapping[str, np.ndarray], rules: keymaps.Rules, skip: Sequence[str]
 ) -> tuple[dict[str, np.ndarray], list[str]]:
+    if _is_own(weights):
+        return _match_own(model, weights, skip)
     arrays: dict[str, np.ndarray] = {}
     problems: list[str] = []
     used: set[str] = set()
@@ -211,11 +275,16 @@ def best_layout(
     weights: Mapping[str, np.ndarray],
     layouts: Sequence[keymaps.Layout] | None,
     skip: Sequence[str],
+    variant: Callable[[keymaps.Layout], Any] | None = None,
 ) -> tuple[keymaps.Layout, dict[str, np.ndarray]]:
-    """The naming layout that fits, and the arrays by the model's paths; all mismatches if none."""
+    """The naming layout that fits, and the arrays by the model's paths; all mismatches if none.
+
+    ``variant`` gives the model that a layout is tried on; the model itself by default.
+    """
     name = model.provenance.name if model.provenance is not None else ""
-    layouts = layouts or keymaps.layouts_of(name)
-    tried = [(layout, *_match(model, weights, layout.rules, skip)) for layout in layouts]
+    layouts = (keymaps.Layout(),) if _is_own(weights) else layouts or keymaps.layouts_of(name)
+    variant = variant or (lambda layout: model)
+    tried = [(layout, *_match(variant(layout), weights, layout.rules, skip)) for layout in layouts]
     layout, arrays, problems = min(tried, key=lambda t: len(t[2]))
     if problems:
         shown = "\n  ".join(problems[:40])
@@ -238,7 +307,7 @@ def load_weights(
 
     Args:
       model: a model of the registry.
-      weights: arrays by PyTorch name.
+      weights: arrays by PyTorch name, or by our path in our layout (`save_weights`).
       layouts: naming layouts to try, see `cnnjax.models.keymaps`; by default those of the model.
       skip: globs of the model's paths to leave as they are, e.g. ``"fc/*"``.
 

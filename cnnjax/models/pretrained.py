@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -12,7 +13,7 @@ from typing import Any
 from flax import nnx
 
 from cnnjax.models import init, keras_layers, registry
-from cnnjax.models.convert import best_layout, load_weights, read_weights
+from cnnjax.models.convert import best_layout, load_weights, read_weights, stored_fields
 
 _HUB = re.compile(r"^(?:hf://|hf-hub:)?([\w.-]+/[\w.-]+)(?:/(.+))?$")
 _HUB_FILE = "model.safetensors"
@@ -51,15 +52,20 @@ def load_pretrained(
     """
     if pathlib.Path(source).suffix.lower() in (".h5", ".hdf5", ".keras"):
         return _from_keras(name, source, rngs, skip, fields)
-    blank = registry.abstract(name, **fields)
     path = pathlib.Path(source)
     if path.is_dir():
         path = path / _HUB_FILE
     elif not path.is_file():
         path = _from_hub(str(source))
     weights = read_weights(path)
+    fields = {**stored_fields(path), **fields}
     skip = (skip,) if isinstance(skip, str) else skip
-    layout, _ = best_layout(blank, weights, None, skip)
+
+    @functools.cache
+    def blank(own: tuple[tuple[str, Any], ...]) -> Any:
+        return registry.abstract(name, **{**dict(own), **fields})
+
+    layout, _ = best_layout(blank(()), weights, None, skip, lambda tried: blank(tried.fields))
     fields = {**dict(layout.fields), **fields}
     rngs = rngs if rngs is not None else nnx.Rngs(0)
     with contextlib.nullcontext() if skip else init.without_draws():

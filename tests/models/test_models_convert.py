@@ -18,7 +18,7 @@ import pytest
 from flax import nnx
 
 from cnnjax import models, tree
-from cnnjax.models import keymaps
+from cnnjax.models import keras_layers, keymaps
 from scripts import convert_weights
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
@@ -91,8 +91,8 @@ def small_resnet(seed=0, **fields):
     )
 
 
-def torch_layout(model) -> dict[str, np.ndarray]:
-    """PyTorch's names and layouts of a small ResNet, written out by hand."""
+def torch_layout(model, rules=()) -> dict[str, np.ndarray]:
+    """PyTorch's names (by a port's rules) and layouts of a small ResNet, written out by hand."""
     out = {}
     for path, leaf in tree.flatten(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat))).items():
         *module, last = path.split("/")
@@ -106,7 +106,7 @@ def torch_layout(model) -> dict[str, np.ndarray]:
         array = np.asarray(leaf)
         if last == "kernel":
             array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array.T
-        out[".".join([*module, name])] = array
+        out[f"{keymaps.apply(rules, '.'.join(module))}.{name}"] = array
     return out
 
 
@@ -347,9 +347,42 @@ def test_the_script_converts_and_refuses(tmp_path, capsys):
         np.testing.assert_array_equal(
             file["layer1/0/conv1/kernel"], model.layer1[0].conv1.kernel[...]
         )
-        assert len(file.files) == len(torch_layout(model))
+        assert len(file.files) == len(torch_layout(model)) + 1
+    # the fields came along: no need to repeat them
+    same_arrays(models.load_pretrained("resnet20_cifar", target), model)
     assert convert_weights.main(["resnet20_cifar", source, str(tmp_path / "no.npz")]) == 1
     assert "mismatches" in capsys.readouterr().err
     assert convert_weights.main(["resnet2O_cifar", source, str(tmp_path / "no.npz")]) == 1
     assert "Did you mean" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["in.npz", "out.npz"]
+
+
+def test_a_converted_file_knows_in_what_its_network_differs(tmp_path):
+    """Padding and epsilons that came with Keras' weights would be lost silently otherwise."""
+    fields = keras_layers.keras_fields("mobilenet_v2")
+    model = models.create("mobilenet_v2_035", num_classes=4, rngs=nnx.Rngs(0), **fields)
+    models.save_weights(tmp_path / "net.npz", model)
+    assert [p.name for p in tmp_path.iterdir()] == ["net.npz"]
+    again = models.load_pretrained("mobilenet_v2_035", tmp_path / "net.npz")
+    assert again.config == model.config
+    assert again.config.padding == "SAME"
+    same_arrays(again, model)
+    # what is asked for goes first
+    other = models.load_pretrained("mobilenet_v2_035", tmp_path / "net.npz", padding="torch")
+    assert other.config.padding == "torch"
+    with pytest.raises(ValueError, match="mismatches"):
+        models.load_pretrained("mobilenet_v2_035", tmp_path / "net.npz", num_classes=5)
+    assert "__fields__" not in models.read_weights(tmp_path / "net.npz")
+
+
+def test_a_layout_whose_network_has_other_layers(tmp_path):
+    """timm's pre-activation ResNets have no norm in the stem: their names reveal it."""
+    fields = {"stages": (1, 2), "widths": (8, 16), "stem_width": 8, "num_classes": 3}
+    model = models.create("preact_resnet50", rngs=nnx.Rngs(0), stem="bare", **fields)
+    timm, *_ = keymaps.layouts_of("preact_resnet50")
+    np.savez(tmp_path / "net.npz", **torch_layout(model, timm.rules))
+    with np.load(tmp_path / "net.npz") as file:
+        assert {"stages.1.blocks.0.downsample.conv.weight", "norm.running_var"} < set(file.files)
+    again = models.load_pretrained("preact_resnet50", tmp_path / "net.npz", **fields)
+    assert again.config.stem == "bare"
+    same_arrays(again, model)

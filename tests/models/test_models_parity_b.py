@@ -185,8 +185,9 @@ def test_load_pretrained_takes_keras_files(tmp_path):
         assert len(a) == len(b) > 100
         for x, y in zip(a, b, strict=True):
             np.testing.assert_array_equal(x, y)
-    with pytest.raises(ValueError, match="no Keras counterpart of 'resnet50'"):
-        models.load_pretrained("resnet50", tmp_path / "net.keras")
+    for name in ("resnet50", "vgg16_bn", "inception_resnet_v2_paper"):
+        with pytest.raises(ValueError, match=f"no Keras counterpart of '{name}'.*Did you mean"):
+            models.load_pretrained(name, tmp_path / "net.keras")
     with pytest.raises(ValueError, match="don't fit|hold no layer"):
         models.load_pretrained("mobilenet_v2", tmp_path / "net.keras")
     (tmp_path / "bad.keras").write_bytes(b"nothing")
