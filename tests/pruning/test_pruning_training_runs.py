@@ -37,10 +37,11 @@ class Net(nnx.Module):
     def __init__(self, rate=0.0):
         rngs = nnx.Rngs(0)
         self.layers = nnx.List([nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 2, rngs=rngs)])
-        self.drop = nnx.Dropout(rate, rngs=rngs)
+        self.drop = nnx.Dropout(rate, rngs=rngs) if rate else None
 
     def __call__(self, x):
-        return self.layers[1](self.drop(jax.nn.relu(self.layers[0](x))))
+        h = jax.nn.relu(self.layers[0](x))
+        return self.layers[1](h if self.drop is None else self.drop(h))
 
 
 class Batches:
