@@ -22,7 +22,9 @@ model as its ``provenance``, from which a saved network is rebuilt.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,9 +56,41 @@ class ModelConfig:
     remat: bool = False
 
     def __post_init__(self) -> None:
+        _check_types(self)
         check_positive(self, "num_classes", "in_channels")
         if self.dtype is not None and self.dtype not in _DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)} or None")
+
+
+@functools.cache
+def _hints(config: type) -> dict[str, Any]:
+    return typing.get_type_hints(config)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is tuple:
+        kinds = typing.get_args(hint)
+        if not isinstance(value, tuple):
+            return False
+        if kinds[-1] is not Ellipsis:
+            return len(value) == len(kinds) and all(map(_fits, value, kinds))
+        return all(_fits(v, kinds[0]) for v in value)
+    allowed = {bool: bool, int: int | np.integer, float: int | float | np.number, str: str}
+    if hint not in allowed:
+        return True
+    return isinstance(value, allowed[hint]) and (hint is bool or not isinstance(value, bool))
+
+
+def _check_types(config: Any) -> None:
+    """Raises ValueError for a field of another type, or a width or number of blocks below 1."""
+    for name, hint in _hints(type(config)).items():
+        value = getattr(config, name)
+        if not _fits(value, hint):
+            text = getattr(hint, "__name__", str(hint)) if hint in (bool, int, float, str) else hint
+            raise ValueError(f"{name} must be {text}, got {value!r}")
+        flat = isinstance(value, tuple) and all(isinstance(v, int | np.integer) for v in value)
+        if name in ("widths", "stages") and flat and any(v < 1 for v in value):
+            raise ValueError(f"{name} must hold numbers >= 1, got {value!r}")
 
 
 def check_positive(config: Any, *fields: str) -> None:
@@ -145,7 +179,7 @@ def _entry(name: str) -> _Entry:
     if name not in _ENTRIES:
         _load()
     if name not in _ENTRIES:
-        raise ValueError(f"unknown model {name!r}.{did_you_mean(name, _ENTRIES)}")
+        raise ValueError(f"unknown model {name!r}.{did_you_mean(str(name), _ENTRIES)}")
     return _ENTRIES[name]
 
 
@@ -203,8 +237,10 @@ def create(name: str, *, rngs: nnx.Rngs, **fields: Any) -> Any:
 
     Raises:
       ValueError: unknown name, or a value that the architecture refuses.
-      TypeError: unknown field.
+      TypeError: unknown field, or no random streams.
     """
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs must be random streams, e.g. flax.nnx.Rngs(0), got {rngs!r}")
     cfg = config(name, **fields)
     model = _entry(name).build(cfg, rngs=rngs)
     values = tuple((f.name, getattr(cfg, f.name)) for f in dataclasses.fields(cfg))

@@ -29,11 +29,15 @@ def test_every_name_has_a_config_and_an_input_shape():
         assert models.input_shape(name)[2] == config.in_channels
 
 
-def test_unknown_names_and_fields_suggest_the_right_ones():
+def test_unknown_names_and_fields_suggest_the_right_ones(as_user):
     with pytest.raises(ValueError, match="unknown model 'resnet5O'.*'resnet50'"):
         models.create("resnet5O", rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match="no field 'num_class'.*'num_classes'"):
         models.config("resnet50", num_class=10)
+    with pytest.raises(
+        TypeError, match=r"rngs must be random streams, e.g. flax.nnx.Rngs\(0\), got 0"
+    ):
+        models.create("lenet_5", rngs=0)
 
 
 @pytest.mark.parametrize(
@@ -49,9 +53,19 @@ def test_unknown_names_and_fields_suggest_the_right_ones():
         ("vgg16", {"stages": (1, 1)}, "equally long"),
         ("highway_19", {"stage_dropout": (0.1,)}, "one rate per stage"),
         ("zfnet", {"image_size": 8}, "image_size must be at least"),
+        ("resnet20_cifar", {"widths": 16}, r"widths must be tuple\[int, ...\], got 16"),
+        (
+            "resnet20_cifar",
+            {"widths": (16, 2.5)},
+            r"widths must be tuple\[int, ...\], got \(16, 2.5\)",
+        ),
+        ("resnet50", {"stages": (3, 0)}, r"stages must hold numbers >= 1, got \(3, 0\)"),
+        ("zfnet", {"widths": (8, 8)}, r"widths must be tuple\[int, int, int\], got \(8, 8\)"),
+        ("resnet50", {"remat": 3}, "remat must be bool, got 3"),
+        ("densenet121", {"compression": "half"}, "compression must be float, got 'half'"),
     ],
 )
-def test_bad_fields_are_refused(name, fields, message):
+def test_bad_fields_are_refused(name, fields, message, as_user):
     with pytest.raises(ValueError, match=message):
         models.config(name, **fields)
 
