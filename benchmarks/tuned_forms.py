@@ -1,19 +1,21 @@
 """Measure the forms of whole networks' convolutions here, and what the measured table gains.
 
     python benchmarks/tuned_forms.py [--networks mobilenet_v2 ...] [--size 96] [--batch 8]
-        [--dtype bfloat16] [--table FILE] [--out FILE] [--rounds 20]
+        [--dtype bfloat16] [--table FILE] [--out FILE] [--rounds 20] [--clock cpu]
 
 ``cnnjax.ops.tune`` times the forms of every convolution and channel shuffle of each network on
 JAX's default device (CPU, GPU, TPU); then the network's evaluation and the gradient of its weights
 run in turn by the rules of ``cnnjax/ops/choice.py`` and under the measured table, and the fastest
 round of each counts. Only ratios are written (time by the rules / time under the table: above 1,
-the table is faster), with every part where the two differ. ``--table`` keeps the measured forms in
+the table is faster), with every part where the two differ. ``--clock cpu`` counts the process's CPU
+seconds, on a CPU that others use as well. ``--table`` keeps the measured forms in
 a file (`cnnjax.ops.FormTable.load`); what it holds already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import pathlib
@@ -51,12 +53,12 @@ def _programs(model: Any, dtype: str | None) -> dict[str, Any]:
     return programs
 
 
-def _once(fn: Any, args: tuple[Any, ...], repeats: int) -> float:
-    start = time.perf_counter()
+def _once(call: Any, repeats: int, clock: Any) -> float:
+    start, out = clock(), None
     for _ in range(repeats):
-        out = fn(*args)
+        out = call()
     jax.block_until_ready(out)
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -65,11 +67,13 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     x = np.random.default_rng(0).standard_normal((args.batch, args.size, args.size, 3))
     x = jnp.asarray(x, args.dtype or jnp.float32)
     programs = _programs(model, args.dtype)
+    clock = {"wall": time.perf_counter, "cpu": time.process_time}[args.clock]
+    timer = functools.partial(_once, clock=clock)
     began = time.monotonic()
     found = ops.FormTable(*table.present_device(), {})
     parts: list[table.Key] = []
     for fn, params in programs.values():
-        measured = ops.tune(fn, params, x, rounds=args.rounds, cache=args.table)
+        measured = ops.tune(fn, params, x, rounds=args.rounds, cache=args.table, timer=timer)
         found = ops.FormTable(
             found.platform,
             found.device,
@@ -95,9 +99,7 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                     "part": part,
                     "x": case.x,
                     "kernel": None if isinstance(case, ops.ShuffleCase) else case.kernel,
-                    "groups": case.groups
-                    if isinstance(case, ops.ShuffleCase)
-                    else case.spec.groups,
+                    "groups": (case if isinstance(case, ops.ShuffleCase) else case.spec).groups,
                     "rule": rule,
                     "table": form,
                     "rule_over_table": ratio and round(ratio, 2),
@@ -113,7 +115,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
             jax.block_until_ready(program(params, x))
         for _ in range(args.rounds):
             for form, program in compiled.items():
-                best[form] = min(best[form], _once(program, (params, x), args.repeats))
+                call = functools.partial(program, params, x)
+                best[form] = min(best[form], timer(call, args.repeats))
         out = [jax.tree.leaves(program(params, x)) for program in compiled.values()]
         apart = max(
             float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(a)), 1e-30))
@@ -142,6 +145,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=96)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", help="compute type; default float32")
+    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=1, help="calls in one round of a network")
     parser.add_argument("--table", help="file of measured forms, read and added to")
@@ -163,6 +167,7 @@ def main() -> None:
             "cores": len(os.sched_getaffinity(0)),
             "jax": jax.__version__,
             "rounds": args.rounds,
+            "clock": args.clock,
             "rows": list(rows.values()),
         }
         temporary = out.with_suffix(".tmp")

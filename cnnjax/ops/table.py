@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform as host
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -82,7 +83,8 @@ class FormTable:
                     f"a {kind} has the forms {', '.join(choice.BY_KIND[kind])}, not {form!r}"
                 )
         self.platform, self.device = platform, device
-        self.forms, self.gains = dict(forms), dict(gains or {})
+        self.forms: Mapping[Key, str] = types.MappingProxyType(dict(forms))
+        self.gains: Mapping[Key, Mapping[str, float]] = types.MappingProxyType(dict(gains or {}))
         self._hash = hash((platform, device, frozenset(self.forms.items())))
 
     def __hash__(self) -> int:
