@@ -11,6 +11,7 @@ from flax import nnx
 from cnnjax import factorization as f
 from cnnjax import surgery
 
+pytestmark = pytest.mark.usefixtures("numpy_kernels")
 EXAMPLE = jax.ShapeDtypeStruct((1, 7, 6, 4), jnp.float32)
 
 

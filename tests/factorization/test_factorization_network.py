@@ -13,6 +13,7 @@ from flax import nnx
 import cnnjax
 from cnnjax import factorization as f
 
+pytestmark = pytest.mark.usefixtures("numpy_kernels")
 KERNELS = [(1, 1), (3, 3), (5, 5), (7, 7), (1, 5)]
 PADDINGS = ["SAME", "VALID", ((1, 2), (0, 1))]
 RULES = {

@@ -15,6 +15,7 @@ import cnnjax
 from cnnjax import factorization as f
 from cnnjax import pruning, surgery
 
+pytestmark = pytest.mark.usefixtures("numpy_kernels")
 FULL = {
     "tucker": f.Tucker(1.0, always=True),
     "dct": f.SeparableTransform(1.0, always=True),

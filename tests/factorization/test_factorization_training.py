@@ -10,6 +10,7 @@ from flax import nnx
 
 from cnnjax import factorization as f
 
+pytestmark = pytest.mark.usefixtures("numpy_kernels")
 EXAMPLE = jax.ShapeDtypeStruct((1, 8, 8, 4), jnp.float32)
 
 
@@ -123,7 +124,7 @@ def test_constrained_bad_input(net):
 
 @pytest.mark.method("iterative_layerwise_finetune")
 def test_layerwise_order_log_and_equality_with_one_shot(net):
-    rules = {"convs/*": f.CP(4, iterations=5, restarts=1, always=True)}
+    rules = {"convs/[12]": f.CP(4, solver="tpm", separable=False, restarts=1, always=True)}
     log = []
 
     def nothing(model, number, entry):
@@ -131,16 +132,15 @@ def test_layerwise_order_log_and_equality_with_one_shot(net):
         return model
 
     small, steps = f.factorize_layerwise(net, rules, nothing, example=EXAMPLE)
-    assert log == [(0, "convs/0"), (1, "convs/1"), (2, "convs/2")]
+    assert log == [(0, "convs/1"), (1, "convs/2")]
     assert [p.path for p in steps] == [path for _, path in log]
-    assert [len(conv.layers) for conv in small.convs] == [4, 4, 4]
+    assert [len(conv.layers) for conv in small.convs[1:]] == [3, 3]
     one_shot = f.factorize(net, rules, EXAMPLE)
-    # layers of one shape are fitted side by side in one shot, which rounds differently
     expected = run(one_shot, images(0))
     np.testing.assert_allclose(run(small, images(0)), expected, atol=1e-5 * np.abs(expected).max())
     log.clear()
     f.factorize_layerwise(net, rules, nothing, example=EXAMPLE, order="backward")
-    assert [path for _, path in log] == ["convs/2", "convs/1", "convs/0"]
+    assert [path for _, path in log] == ["convs/2", "convs/1"]
     # what the fine-tuning makes of a layer is what the next factorization sees
 
     def double(model, number, entry):
