@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from cnnjax import data, graph, models, pipeline, pruning, training
+from cnnjax.pipeline.context import Context
 from cnnjax.pipeline.stages import (
     Gates,
     Penalized,
@@ -18,6 +19,7 @@ from cnnjax.pipeline.stages import (
     ShrinkDead,
     Surgery,
     Threshold,
+    Tickets,
     Train,
 )
 
@@ -143,6 +145,33 @@ def test_sparse_from_the_start_keeps_its_density_and_learns(digits_dir, tmp_path
     assert sum(left.values()) <= round(0.3 * sum(sizes.values())) + len(sizes)
     assert sum(left.values()) > 0.27 * sum(sizes.values())  # a grown weight may still be 0
     assert found["accuracy"] > 0.85
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rewind", [0.0, 0.5])
+def test_tickets_go_back_to_early_weights_and_train(digits_dir, tmp_path, monkeypatch, rewind):
+    """Two cuts of a half; every round starts from the same weights, and the ticket learns."""
+    starts = []
+    train = Context.train
+
+    def watch(self, model, recipe, **options):
+        kernel = np.asarray(model.denses[0].kernel[...])
+        starts.append((options["name"], kernel))
+        return train(self, model, recipe, **options)
+
+    monkeypatch.setattr(Context, "train", watch)
+    stage = Tickets(recipe(4.0), sparsity=0.75, rounds=2, rewind_epochs=rewind)
+    (found,), arrays = run(digits_dir, tmp_path, {"tickets": stage})
+    if rewind:
+        assert starts.pop(0)[0] == "early"
+    assert [name for name, _ in starts] == ["round_0", "round_1", "ticket"]
+    for _, kernel in starts:
+        np.testing.assert_array_equal(kernel[kernel != 0], starts[0][1][kernel != 0])
+    total = sum(a * b for a, b in SIZES)
+    left = sum(int((w != 0).sum()) for p, w in arrays["tickets"].items() if p.endswith("kernel"))
+    assert left == total - -(-total * 3 // 4)
+    assert [round(p["sparsity"], 6) for p in found["curve"]] == [0.0, 0.5, 0.75]
+    assert found["accuracy"] == found["curve"][-1]["accuracy"] > 0.85
 
 
 def test_dead_channels_are_those_that_nothing_makes_or_nothing_reads():

@@ -26,6 +26,7 @@ from cnnjax.pipeline.stages.sparse_training import (
     Surgery,
     Threshold,
 )
+from cnnjax.pipeline.stages.tickets import Tickets
 from cnnjax.pipeline.stages.train import Train
 
 __all__ = [
@@ -55,5 +56,6 @@ __all__ = [
     "Slimming",
     "Surgery",
     "Threshold",
+    "Tickets",
     "Train",
 ]
