@@ -93,8 +93,10 @@ def clock(record: dict[str, Any]) -> list[str]:
     """Half of the filters at 0.5 point; the structured remainder is the faster one."""
     met, missed = of_table(record["rows"])
     figures = {r[0]: r[2] for r in record["rows"]}
-    kept = ("structured: points lost, at most 0.5", "structured: filters removed", "structured: time of the remainder",
-            "l1: time of the remainder")  # fmt: skip
+    kept = (
+        "structured: points lost, at most 0.5", "structured: filters removed",
+        "structured: time of the remainder", "l1: time of the remainder",
+    )  # fmt: skip
     said = "; ".join([f"{k}: {figures[k]}" for k in kept] + ([missed] if missed else []))
     return ["structured_sparsity_learning", "LeNet-5, 10,000 of MNIST", met, said]
 
