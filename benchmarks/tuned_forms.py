@@ -118,13 +118,11 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
                 call = functools.partial(program, params, x)
                 best[form] = min(best[form], timer(call, args.repeats))
         out = [jax.tree.leaves(program(params, x)) for program in compiled.values()]
-        apart = max(
-            float(jnp.max(jnp.abs(a - b)) / jnp.maximum(jnp.max(jnp.abs(a)), 1e-30))
-            for a, b in zip(*out, strict=True)
-        )
+        apart = [jnp.sum(jnp.square(a - b)) for a, b in zip(*out, strict=True)]
+        whole = [jnp.sum(jnp.square(a)) for a in out[0]]
         over[part] = {
             "rule_over_table": round(best["rule"] / best["table"], 3),
-            "largest_difference": apart,
+            "difference_over_norm": float(jnp.sqrt(sum(apart) / sum(whole))),
         }
     return {
         "network": name,
