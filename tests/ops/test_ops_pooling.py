@@ -87,7 +87,7 @@ def test_vmap_jit_and_second_derivatives():
     twice = [
         jax.grad(lambda x, f=f: jnp.sum(jax.grad(lambda x: loss(f, x))(x) ** 2))
         for f in (ours, native)
-    ]  # noqa: E501
+    ]
     np.testing.assert_allclose(twice[0](x), twice[1](x), rtol=1e-4, atol=1e-5)
 
 
