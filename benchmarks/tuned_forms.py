@@ -73,7 +73,8 @@ def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     found = ops.FormTable(*table.present_device(), {})
     parts: list[table.Key] = []
     for fn, params in programs.values():
-        measured = ops.tune(fn, params, x, rounds=args.rounds, cache=args.table, timer=timer)
+        options = {"rounds": args.rounds, "margin": args.margin, "timer": timer}
+        measured = ops.tune(fn, params, x, cache=args.table, **options)
         found = ops.FormTable(
             found.platform,
             found.device,
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--dtype", help="compute type; default float32")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
+    parser.add_argument("--margin", type=float, default=0.2, help="see cnnjax.ops.tune")
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--repeats", type=int, default=1, help="calls in one round of a network")
     parser.add_argument("--table", help="file of measured forms, read and added to")
@@ -166,6 +168,7 @@ def main() -> None:
             "jax": jax.__version__,
             "rounds": args.rounds,
             "clock": args.clock,
+            "margin": args.margin,
             "rows": list(rows.values()),
         }
         temporary = out.with_suffix(".tmp")

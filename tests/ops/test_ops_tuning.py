@@ -95,15 +95,15 @@ def test_the_timer_decides(net):
 
 
 def test_the_margin_protects_the_rules():
-    """On CPU the rules have depthwise shifted: 4 % faster does not replace it, 6 % does."""
+    """On CPU the rules have depthwise shifted: 19 % faster does not replace it, 21 % does."""
 
     def form(native, **options):
         args = ops.depthwise, X, jnp.ones((3, 3, 1, 3))
         return [*ops.tune(*args, timer=prefers(native=native), **options).forms.values()]
 
-    assert form(0.96) == ["shift"]
-    assert form(0.94) == ["native"]
-    assert form(0.94, margin=0.1) == ["shift"]
+    assert form(0.81) == ["shift"]
+    assert form(0.79) == ["native"]
+    assert form(0.94, margin=0.05) == ["native"]
 
 
 @pytest.mark.parametrize("wrong", [lambda y: y * 1.001, lambda y: y.at[0].set(jnp.nan)])
