@@ -287,8 +287,8 @@ def tune(
       train: of a module, the gradient of its weights in training mode as well as the forward pass
         (the default), or evaluation alone. A function is traced as it is.
       rounds: number of turns.
-      margin: fraction of the time of the rules' choice that must be saved. On CPU gains of 6 to 18 %
-        a part were none in whole networks (``benchmarks/results/tuned_forms.json``).
+      margin: fraction of the time of the rules' choice that must be saved. On CPU gains of
+        6 to 18 % a part were none in whole networks (``benchmarks/results/tuned_forms.json``).
       shards: devices that batches will be split over under ``jax.jit``: each form is timed on one
         device's share (on the whole where they don't divide it).
       cache: file of a table; what it holds is not measured again, what is measured is added to it.
