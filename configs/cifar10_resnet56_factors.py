@@ -21,7 +21,15 @@ What `scripts/update_results.py` found in ``configs/results/cifar10_resnet56_fac
 """
 
 # [measured]
-# not run yet
+# reduced run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# published: error 16.00 %, 853.0k non-zeros, 1.00x
+# curves: error 16.00 %, 853.0k non-zeros, 1.00x
+# svd_50: 48.8 % of the MACs, error 25.65 % before fine-tuning, 24.20 % after
+# cp_50: 49.7 % of the MACs, error 14.75 % before fine-tuning, 14.10 % after
+# zhang_3d_50: 50.2 % of the MACs, error 17.55 % before fine-tuning, 16.05 % after
+# tucker2_evbmf_40: 47.6 % of the MACs, error 24.65 % before fine-tuning, 23.00 % after
+# tai_50: 50.2 % of the MACs, error 17.50 % before fine-tuning, 17.20 % after
+# zhang_channels_50: 50.2 % of the MACs, error 19.85 % before fine-tuning, 17.80 % after
 # [/measured]
 
 from __future__ import annotations

@@ -26,10 +26,9 @@ What `scripts/update_results.py` found in ``configs/results/detection_digits.jso
 
 # [measured]
 # full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
-# teacher: mAP@0.5 % 90.54, to alone (seeds above) , 11 points 86.15, COCO-like 65.49, params
-#   113.3k, MACs 32.46M, runs 1
-# alone: mAP@0.5 % 48.68 (46.23-50.90), to alone (seeds above) , 11 points 49.09 (47.11-51.20),
-#   COCO-like 26.32 (24.47-28.06), params 29.02k, MACs 8.27M, runs 3
+# teacher: mAP@0.5 % 90.54, 11 points 86.15, COCO-like 65.49, params 113.3k, MACs 32.46M, runs 1
+# alone: mAP@0.5 % 48.68 (46.23-50.90), 11 points 49.09 (47.11-51.20), COCO-like 26.32
+#   (24.47-28.06), params 29.02k, MACs 8.27M, runs 3
 # taught: mAP@0.5 % 73.81 (67.53-77.65), to alone (seeds above) +25.14 (3 of 3), 11 points 71.06
 #   (65.46-74.49), COCO-like 50.88 (46.26-53.66), params 29.02k, MACs 8.27M, runs 3
 # soft: mAP@0.5 % 52.57 (48.51-56.01), to alone (seeds above) +3.90 (3 of 3), 11 points 52.39

@@ -12,7 +12,11 @@ What `scripts/update_results.py` found in ``configs/results/mnist_circulant.json
 """
 
 # [measured]
-# not run yet
+# full run, seeds 0; 1 CPU cores, 1 x cpu, jax 0.10.2
+# dense: error 0.65 %, 431.1k non-zeros, 1.00x
+#   published: 0.80 % (Wang et al. 2017)
+# compact: error 37.92 %, 34.43k non-zeros, 1.00x
+# tuned: error 1.07 %, 34.44k non-zeros, 1.00x
 # [/measured]
 
 from __future__ import annotations

@@ -13,26 +13,30 @@ settings were chosen by seed 0 on the last 10,000 training images (``--validate`
 # ruff: noqa: E501, RUF100
 
 # [measured]
-# reduced run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
 # magnitude: dense 1.18 (1.16-1.21), error 0.96 (0.93-1.00), published 1.59, left 12.00x,
 #   published left 12x (Han et al. 2015), seeds 3
-# surgery: dense 1.91 (1.81-1.97), error 2.18 (1.98-2.35), published 1.99, left 58.21
-#   (57.45-58.80)x, published left 56x (Guo et al. 2016), seeds 3
-# hard_thresholding: dense 1.88 (1.81-1.94), error 1.69 (1.65-1.72), published , left 12.18x,
-#   published left about 4x, no loss (Jin et al. 2016), seeds 2
-# memory_bounded_l0: dense 1.88 (1.81-1.94), error 1.98 (1.96-2.00), published , left 9.30x,
-#   published left 4x on AlexNet (Collins & Kohli 2014), seeds 2
-# forward_backward: dense 1.88 (1.81-1.94), error 1.73 (1.70-1.75), published , left 1.30
-#   (1.27-1.32)x (784-233-94), published left fc1 -97.8 % (Zhou et al. 2016, another LeNet), seeds
-#   2
-# structured_sparsity: dense 1.88 (1.81-1.94), error 2.12 (2.12-2.13), published 1.53, left 1.13
-#   (1.12-1.14)x (715-290-93), published left 434-174-78 of 784-500-300 (Wen et al. 2016), seeds 2
-# group_wise_damage: dense 1.91 (1.81-1.97), error 2.28 (2.21-2.41), published , left 2.62x
-#   (235-300-100), published left , seeds 3
-# merging_100: dense 1.91 (1.81-1.97), error 2.06 (2.02-2.09), published , left 1.50x, published
-#   left , seeds 3
-# merging_200: dense 1.91 (1.81-1.97), error 4.05 (3.83-4.22), published , left 2.98x, published
-#   left , seeds 3
+# surgery: dense 1.55 (1.42-1.71), error 2.03 (2.02-2.04), published 1.99, left 55.32
+#   (53.98-56.02)x, published left 56x (Guo et al. 2016), seeds 3
+# hard_concrete: dense 1.55 (1.42-1.71), error 1.63 (1.58-1.67), published 1.4, left 4.13
+#   (4.07-4.20)x (208-206-100), published left 219-214-100 (Louizos et al. 2018), seeds 3
+# hard_thresholding: dense 1.55 (1.42-1.71), error 1.46 (1.43-1.48), left 12.18x, published left
+#   about 4x, no loss (Jin et al. 2016), seeds 3
+# memory_bounded_l0: dense 1.55 (1.42-1.71), error 1.50 (1.44-1.56), left 9.30x, published left 4x
+#   on AlexNet (Collins & Kohli 2014), seeds 3
+# memory_bounded_greedy: dense 1.55 (1.42-1.71), error 1.63 (1.55-1.69), left 13.34
+#   (12.16-15.71)x, published left 4x on AlexNet (Collins & Kohli 2014), seeds 3
+# forward_backward: dense 1.55 (1.42-1.71), error 1.65 (1.57-1.78), left 4.14 (4.03-4.23)x
+#   (784-79-29), published left fc1 -97.8 % (Zhou et al. 2016, another LeNet), seeds 3
+# structured_sparsity_mild: dense 1.55 (1.42-1.71), error 1.46 (1.41-1.49), published 1.34, left
+#   2.03 (2.01-2.06)x (546-213-68), published left 469-294-166 of 784-500-300 (Wen et al. 2016),
+#   seeds 3
+# structured_sparsity: dense 1.55 (1.42-1.71), error 1.62 (1.59-1.68), published 1.53, left 6.28
+#   (6.20-6.36)x (515-76-39), published left 434-174-78 of 784-500-300 (Wen et al. 2016), seeds 3
+# group_wise_damage: dense 1.55 (1.42-1.71), error 1.59 (1.51-1.65), left 2.62x (235-300-100),
+#   seeds 3
+# merging_100: dense 1.55 (1.42-1.71), error 1.63 (1.53-1.69), left 1.50x, seeds 3
+# merging_200: dense 1.55 (1.42-1.71), error 4.29 (3.54-5.72), left 2.98x, seeds 3
 # [/measured]
 
 from __future__ import annotations

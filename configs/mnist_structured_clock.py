@@ -13,6 +13,22 @@ network, and only the structured remainder is faster. The strengths lie between 
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 1 CPU cores, 1 x cpu, jax 0.10.2
+# dense error: measured 2.05 (1.96-2.13) %
+# structured: error: measured 2.43 (2.39-2.47) %
+# structured: points lost, at most 0.5: measured 0.38 (0.34-0.43) points
+# within 0.5 point: expected holds, measured 3 of 3, met yes
+# structured: filters removed: measured 50.95 (48.57-54.29) %
+# half of the filters at least: expected holds, measured 2 of 3, met no
+# structured: maps of layer 1: measured 20.00
+# structured: maps of layer 2: measured 14.33 (12.00-16.00)
+# weights left, of both: measured 29.58 (24.97-32.87) %
+# l1: error at as many weights: measured 1.90 (1.86-1.94) %
+# structured: MACs of the remainder: measured 0.38 (0.34-0.41) x
+# l1: MACs of the remainder: measured 1.00 x
+# structured: time of the remainder: measured 0.51 (0.42-0.57) x
+# l1: time of the remainder: measured 1.05 (0.97-1.11) x
+# structured is faster than dense and than l1: expected holds, measured 3 of 3, met yes
 # [/measured]
 
 from __future__ import annotations

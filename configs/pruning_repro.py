@@ -8,6 +8,58 @@ the tables of those files. Writes ``configs/results/pruning_repro.json``;
 """
 
 # [measured]
+# full run, seeds 0, 1, 2; 2 CPU cores, 1 x cpu, jax 0.10.2
+# average_percentage_of_zeros: on digits, met reported, expectations that do not hold, or figures
+#   rank correlation of APoZ: 0.17 (-0.15-0.33); rank correlation of l1: 0.14 (0.03-0.31); rank
+#   correlation of Fisher: 0.82 (0.79-0.89), file digits_pruning
+# data_free_neuron_merging: on digits, met 7 of 8, expectations that do not hold, or figures 70 of
+#   100 at random: 63.04 (52.89-76.89) %, expected 50-57, file digits_pruning
+# dropout: on digits, met 0 of 1, expectations that do not hold, or figures mean error with 0.5
+#   not above: 0 of 1, expected holds, file digits_pruning
+# dynamic_network_surgery: on digits, met 2 of 4, expectations that do not hold, or figures from
+#   trained weights: removed: 81.09 (80.73-81.53) %, expected 88; from untrained weights: removed:
+#   77.70 (77.32-78.24) %, expected 88, file digits_pruning
+# evolutional_dropout: on digits, met reported, expectations that do not hold, or figures steps to
+#   95 %, dropout 0.5: 112.00 (100.00-120.00); steps to 95 %, evolutional: 174.40 (156.00-200.00);
+#   evolutional / standard: 1.57 (1.30-2.00) x, file digits_pruning
+# fisher_pruning: on digits, met 1 of 1, file digits_pruning
+# forward_backward_splitting: on digits, met 3 of 3, file digits_pruning
+# group_wise_brain_damage: on digits, met 2 of 2, file digits_pruning
+# hard_concrete_l0: on digits, met 12 of 16, expectations that do not hold, or figures 0.1/N:
+#   active inputs: 52.00, expected 46; 0.3/N: active first: 94.00 (93.00-95.00), expected 71; 1/N:
+#   active inputs: 39.67 (39.00-40.00), expected 31; 1/N: active first: 57.67 (55.00-60.00),
+#   expected 22, file digits_pruning
+# iterative_hard_thresholding: on digits, met 4 of 4, file digits_pruning
+# l1_filter_pruning: on digits, met 4 of 4, file digits_pruning
+# lasso_channel_pruning: on digits, met 4 of 4, file digits_pruning
+# magnitude_prune_retrain: on digits, met 5 of 5, file digits_pruning
+# optimal_brain_damage: on digits, met 5 of 8, expectations that do not hold, or figures 50 %,
+#   Gauss-Newton: 96.30 (94.44-97.33) %, expected 97.1-97.8; 50 %, empirical Fisher: 93.48
+#   (87.56-96.67) %, expected 96.2-96.4; 80 %, magnitude: 56.30 (40.67-71.33) %, expected 40-49,
+#   file digits_pruning
+# optimal_brain_surgeon: on digits, met 6 of 7, expectations that do not hold, or figures 80 %,
+#   magnitude: 56.30 (40.67-71.33) %, expected 40-49, file digits_pruning
+# particle_filter_pruning: on digits, met 1 of 1, file digits_pruning
+# pruning_granularity: on digits, met 1 of 1, file digits_pruning
+# random_mask_pruning: on digits, met 3 of 4, expectations that do not hold, or figures 4 of 16,
+#   random: 54.89 (47.56-64.00) %, expected 56-72, file digits_pruning
+# sparse_objective: on digits, met 2 of 3, expectations that do not hold, or figures proximal
+#   step: exact zeros: 63.70 (61.04-66.82) %, expected 65-67, file digits_pruning
+# structured_surgery: on digits, met 2 of 2, file digits_pruning
+# thinet: on digits, met 4 of 4, file digits_pruning
+# weight_decay_biases: on digits, met 1 of 2, expectations that do not hold, or figures and
+#   converge less often: 0 of 1, expected holds, file digits_pruning
+# magnitude_prune_retrain: on LeNet-300-100, MNIST, met 3 of 3 seeds, expectations that do not
+#   hold, or figures 12.0x, points lost -0.22 (-0.23--0.21); expected 12x, at most 0.3, file
+#   mnist_lenet_300_100
+# memory_bounded_l0: on LeNet-300-100, MNIST, met 3 of 3 seeds, expectations that do not hold, or
+#   figures memory 9.07 (8.25-10.72)x smaller, points lost 0.08 (-0.02-0.23); expected 8x, at most
+#   0.5, file mnist_methods_lenet_300_100
+# structured_sparsity_learning: on LeNet-5, 10,000 of MNIST, met 2 of 3, expectations that do not
+#   hold, or figures structured: points lost, at most 0.5: 0.38 (0.34-0.43) points; structured:
+#   filters removed: 50.95 (48.57-54.29) %; structured: time of the remainder: 0.51 (0.42-0.57) x;
+#   l1: time of the remainder: 1.05 (0.97-1.11) x; half of the filters at least: 2 of 3, expected
+#   holds, file mnist_structured_clock
 # [/measured]
 
 from __future__ import annotations

@@ -27,14 +27,14 @@ multiplications than the twin at equal accuracy, and both need far fewer than de
 # spatial: weights removed % 60, accuracy % 47.44, reduction 4.35x
 # spatial: weights removed % 80, accuracy % 48.60, reduction 7.10x
 # spatial: weights removed % 90, accuracy % 41.69, reduction 11.70x
-# winograd, at equal accuracy: weights removed % , accuracy % 48.60, reduction 19.81x
-# spatial, at equal accuracy: weights removed % , accuracy % 48.60, reduction 7.10x
-# winograd, at equal accuracy: weights removed % , accuracy % 47.60, reduction 20.84x
-# spatial, at equal accuracy: weights removed % , accuracy % 47.60, reduction 7.63x
-# winograd, at equal accuracy: weights removed % , accuracy % 46.60, reduction 21.93x
-# spatial, at equal accuracy: weights removed % , accuracy % 46.60, reduction 8.20x
-# winograd, at equal accuracy: weights removed % , accuracy % 44.60, reduction 24.28x
-# spatial, at equal accuracy: weights removed % , accuracy % 44.60, reduction 9.48x
+# winograd, at equal accuracy: accuracy % 48.60, reduction 19.81x
+# spatial, at equal accuracy: accuracy % 48.60, reduction 7.10x
+# winograd, at equal accuracy: accuracy % 47.60, reduction 20.84x
+# spatial, at equal accuracy: accuracy % 47.60, reduction 7.63x
+# winograd, at equal accuracy: accuracy % 46.60, reduction 21.93x
+# spatial, at equal accuracy: accuracy % 46.60, reduction 8.20x
+# winograd, at equal accuracy: accuracy % 44.60, reduction 24.28x
+# spatial, at equal accuracy: accuracy % 44.60, reduction 9.48x
 # [/measured]
 
 from __future__ import annotations
