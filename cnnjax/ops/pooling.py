@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 from jax.extend.core import Primitive
@@ -160,7 +161,7 @@ def _pool_jvp(window: Any, strides: Any, pads: Pads, primals: Any, tangents: Any
 
 
 def max_pool(
-    x: Shaped[Array, "*image"],
+    x: Shaped[Array | np.ndarray, "*image"],
     window_shape: Sequence[int],
     strides: Sequence[int] | None = None,
     padding: Any = "VALID",
@@ -173,6 +174,7 @@ def max_pool(
       strides: (sh, sw), 1 by default.
       padding: ``"SAME"``, ``"VALID"`` or a pair of pixels for each axis; padded places never win.
     """
+    x = jnp.asarray(x)
     strides = tuple(strides) if strides is not None else (1,) * len(window_shape)
     plain = x.ndim != 4 or len(window_shape) != 2 or not jnp.issubdtype(x.dtype, jnp.floating)
     if plain:

@@ -104,6 +104,9 @@ def test_bfloat16_and_other_arrays():
     y = ours(x, 2, 2, "VALID")
     assert y.dtype == jnp.bfloat16
     assert jax.grad(lambda x: ours(x, 2, 2, "VALID").sum())(x).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        ours(np.ones((1, 4, 4, 1), np.float32), 2, 2, "VALID"), np.ones((1, 2, 2, 1))
+    )
     whole = jnp.arange(16).reshape(1, 4, 4, 1)
     np.testing.assert_array_equal(ours(whole, 2, 2, "VALID"), native(whole, 2, 2, "VALID"))
     line = images((2, 6, 3))
