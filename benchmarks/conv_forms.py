@@ -16,9 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
-import platform
 import time
 from typing import Any
 
@@ -26,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from records import machine, write
 
 from cnnjax import models, ops
 from cnnjax.ops import choice, primitives, shuffle
@@ -290,7 +289,6 @@ def main() -> None:
     cases: list[Any] = NETWORKS if args.networks else [*CASES, *SHUFFLES]
     suffix = "_networks" if args.networks else ""
     out = pathlib.Path(args.out or f"benchmarks/results/conv_forms{suffix}.json")
-    out.parent.mkdir(parents=True, exist_ok=True)
     what = "one whole network" if args.networks else "one convolution or channel shuffle"
     # rows by case: those that are measured again are replaced
     known: dict[int, list[dict[str, Any]]] = {}
@@ -308,18 +306,12 @@ def main() -> None:
         print(*map(json.dumps, known[number]), sep="\n", flush=True)
         record = {
             "what": f"native time / form time, best of interleaved rounds, {what} in float32",
-            "backend": jax.default_backend(),
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "jax": jax.__version__,
+            **machine(),
             "rounds": args.rounds,
             "reduced": len(known) < len(cases),
             "rows": [row for key in sorted(known) for row in known[key]],
         }
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(temporary, out)
+        write(out, record)
 
 
 if __name__ == "__main__":

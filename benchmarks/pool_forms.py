@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import pathlib
-import platform
 import time
 from typing import Any
 
@@ -19,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from records import machine, write
 
 from cnnjax import ops
 
@@ -77,14 +77,11 @@ def main() -> None:
         rows.append(row)
     record = {
         "what": "native time / our time, forward and gradient of a max pool, float32",
-        "backend": jax.default_backend(),
-        "device": jax.devices()[0].device_kind,
-        "machine": platform.machine(),
-        "jax": jax.__version__,
+        **machine(),
         "rounds": args.rounds,
         "rows": rows,
     }
-    args.out.write_text(json.dumps(record, indent=1) + "\n")
+    write(args.out, record)
 
 
 if __name__ == "__main__":

@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import os
 import pathlib
-import platform
 import time
 from typing import Any
 
@@ -27,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from records import machine, write
 
 from cnnjax import models, ops, training
 from cnnjax.ops import choice, table
@@ -152,7 +151,6 @@ def main() -> None:
     parser.add_argument("--out", default="benchmarks/results/tuned_forms.json")
     args = parser.parse_args()
     out = pathlib.Path(args.out)
-    out.parent.mkdir(parents=True, exist_ok=True)
     rows: dict[str, Any] = {}
     if out.exists():
         rows = {row["network"]: row for row in json.loads(out.read_text())["rows"]}
@@ -161,19 +159,13 @@ def main() -> None:
         print(json.dumps(rows[name]), flush=True)
         record = {
             "what": "time by the rules / time under the measured table, best of rounds in turns",
-            "backend": jax.default_backend(),
-            "device": jax.devices()[0].device_kind,
-            "machine": platform.machine(),
-            "cores": len(os.sched_getaffinity(0)),
-            "jax": jax.__version__,
+            **machine(),
             "rounds": args.rounds,
             "clock": args.clock,
             "margin": args.margin,
             "rows": list(rows.values()),
         }
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=1) + "\n")
-        os.replace(temporary, out)
+        write(out, record)
 
 
 if __name__ == "__main__":

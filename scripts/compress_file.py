@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -111,21 +110,16 @@ def unpack(args: argparse.Namespace) -> str:
     from flax import nnx
 
     import cnnjax
-    from cnnjax import coding
+    from cnnjax import coding, files
     from cnnjax import tree as treelib
 
     limit = args.max_bytes or coding.MAX_BYTES
     params = coding.expand(coding.load(args.source, max_bytes=limit).coded)
     flat = treelib.flatten(params)
     if args.into is None:
-        temporary = args.target.with_name(f"{args.target.name}.{os.getpid()}.tmp")
-        try:
-            with open(temporary, "wb") as file:
-                named: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in flat.items()}
-                np.savez(file, **named)
-            os.replace(temporary, args.target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        named: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in flat.items()}
+        with files.replacing(args.target) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **named)
     else:
         model = cnnjax.load(args.into)
         state = nnx.state(model, nnx.Param)

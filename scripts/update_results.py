@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from collections.abc import Sequence
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--configs", type=pathlib.Path, default=ROOT / "configs")
     parser.add_argument("--check", action="store_true", help="change nothing, say what would")
     flags = parser.parse_args(argv)
-    from cnnjax import report
+    from cnnjax import files, report
 
     stale = []
     records, tables = [], []
@@ -98,9 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if (records or tables) and (not page.exists() or page.read_text() != text):
         stale.append(str(page))
         if not flags.check:
-            temporary = page.with_name(page.name + ".tmp")
-            temporary.write_text(text)
-            os.replace(temporary, page)
+            files.write_text(page, text)
     for name in stale:
         print(("out of date: " if flags.check else "updated: ") + name)
     return int(flags.check and bool(stale))

@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cnnjax import files
 from cnnjax import tree as treelib
 from cnnjax.coding import tensors
 from cnnjax.coding.coded import is_coded, nest_like
@@ -235,16 +236,10 @@ def _row(table: Reader) -> tuple[str, int, str, tuple[int, ...], int, int]:
 
 def save(path: str | os.PathLike[str], data: bytes) -> None:
     """Writes a packed network; the file appears whole or not at all."""
-    target = pathlib.Path(path)
-    temporary = target.with_name(f"{target.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def load(path: str | os.PathLike[str], *, max_bytes: int = MAX_BYTES) -> Contents:

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import re
-import tempfile
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from cnnjax import tree
+from cnnjax import files, tree
 from cnnjax.models import keymaps, registry
 
 _LEAVES = {
@@ -105,7 +104,6 @@ def save_weights(path: str | os.PathLike[str], model: Any) -> int:
     Returns:
       the number of arrays, by path (``layer1/0/conv1/kernel``), kernels HWIO.
     """
-    path = pathlib.Path(path)
     arrays = tree.flatten(nnx.state(model, nnx.Any(nnx.Param, nnx.BatchStat)))
     plain, config = registry.config(model.provenance.name), model.config
     fields = {
@@ -114,9 +112,9 @@ def save_weights(path: str | os.PathLike[str], model: Any) -> int:
         if getattr(config, f.name) != getattr(plain, f.name)
     }
     named: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in arrays.items()}
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
-        np.savez(file, **{_FIELDS: np.asarray(json.dumps(fields))}, **named)
-    os.replace(file.name, path)
+    named[_FIELDS] = np.asarray(json.dumps(fields, default=lambda v: v.item()))  # NumPy's numbers
+    with files.replacing(path) as temporary, open(temporary, "wb") as file:
+        np.savez(file, **named)
     return len(arrays)
 
 

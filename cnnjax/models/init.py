@@ -45,7 +45,7 @@ def _draw(key: Any, shape: tuple[int, ...], scale: float, dtype: Any, uniform: b
         if isinstance(key, jax.core.Tracer):
             return jnp.zeros(shape, dtype)
         return jnp.asarray(np.zeros(shape, np.float32), dtype)
-    count = math.prod(shape)
+    count = int(math.prod(shape))  # a NumPy width is one too
     size = max(1024, 1 << (count - 1).bit_length())
     flat = _flat(key, size, uniform)
     if not isinstance(flat, jax.core.Tracer):

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 
+from cnnjax import files
 from cnnjax.errors import did_you_mean
 from cnnjax.ops import choice
 from cnnjax.ops.geometry import PARTS, ConvCase, ConvSpec, ShuffleCase
@@ -130,10 +131,7 @@ class FormTable:
         }
         lines = ",\n".join(f"  {json.dumps(row)}" for row in rows)
         text = json.dumps(record, indent=1)[:-2] + f',\n "forms": [\n{lines}\n ]\n}}\n'
-        file = pathlib.Path(path)
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, file)
+        files.write_text(path, text)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FormTable:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import pathlib
 import zlib
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 import jax
 
-from cnnjax import data, training
+from cnnjax import data, files, training
 from cnnjax.pipeline.config import DataConfig
 from cnnjax.pipeline.forms import Tuned
 
@@ -274,6 +273,4 @@ class Context:
 
 def write_json(path: pathlib.Path, value: Any) -> None:
     """Writes JSON by way of a temporary file and a rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    files.write_text(path, json.dumps(value, indent=1) + "\n")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+
+from cnnjax import files
 
 
 def plot_curve(result: Mapping[str, Any], path: str | os.PathLike[str]) -> bool:
@@ -65,8 +66,6 @@ def plot_curve(result: Mapping[str, Any], path: str | os.PathLike[str]) -> bool:
     axes.set_title(f"{result['name']}: {result['model']} on {result['data']}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    path = pathlib.Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    figure.savefig(temporary, format="png")
-    os.replace(temporary, path)
+    with files.replacing(path) as temporary:
+        figure.savefig(temporary, format="png")
     return True

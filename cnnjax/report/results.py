@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from cnnjax import files
 from cnnjax.report.floors import floor_line
 from cnnjax.report.tables import human, spread, surgery_figures
 
@@ -121,9 +122,7 @@ def write_result(record: Mapping[str, Any], path: str | os.PathLike[str]) -> Non
     """Writes a result file by one rename; its folder is made."""
     file = pathlib.Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n")
-    os.replace(temporary, file)
+    files.write_text(file, json.dumps(record, indent=1, sort_keys=True) + "\n")
 
 
 def read_result(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -210,7 +209,5 @@ def update_header(
     new = pattern.sub(lambda _: block, text, count=1)
     if new == text or dry:
         return new != text
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(new)
-    os.replace(temporary, file)
+    files.write_text(file, new)
     return True

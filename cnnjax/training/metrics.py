@@ -10,6 +10,8 @@ import sys
 import time
 from typing import IO, Any
 
+from cnnjax import files
+
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """All complete records of a file, in order; a torn last line (a killed writer) is left out.
@@ -49,9 +51,7 @@ class JsonlWriter:
         self.records: list[dict[str, Any]] = []
         if resume_step is not None and self.path.exists():
             self.records = [r for r in read_jsonl(self.path) if r["step"] <= resume_step]
-        temporary = self.path.with_name(self.path.name + ".tmp")
-        temporary.write_text("".join(_line(r) for r in self.records))
-        os.replace(temporary, self.path)
+        files.write_text(self.path, "".join(_line(r) for r in self.records))
         self._file: IO[str] = open(self.path, "a")  # noqa: SIM115
 
     def write(self, record: dict[str, Any]) -> None:
