@@ -11,7 +11,7 @@ pool's input: ``pick`` (a tangent, forward mode) and ``spread`` (a cotangent, re
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,6 +22,8 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Shaped
+
+from cnnjax.ops import choice, primitives
 
 Pads = tuple[tuple[int, int], tuple[int, int]]
 
@@ -95,7 +97,7 @@ _PICK, _SPREAD = Primitive("cnnjax_max_pool_tangent"), Primitive("cnnjax_max_poo
 
 
 def _define(
-    primitive: Primitive, other: Primitive, slices: Callable[..., Any], native: Callable[..., Any],
+    primitive: Primitive, other: Primitive, forms: Mapping[str, Callable[..., Any]],
     shape: Callable[..., tuple[int, ...]],
 ) -> None:  # fmt: skip
     """Both are linear in their first array and constant (almost everywhere) in the second."""
@@ -123,17 +125,11 @@ def _define(
         return out.reshape(size, -1, *out.shape[1:]), 0
 
     primitive.def_abstract_eval(abstract)
-    for platform, form in (("cpu", slices), (None, native)):
+    for platform in (*choice.PLATFORMS, None):
+        form = forms[choice.choose_pool(platform=platform)]
         rule = mlir.lower_fun(functools.partial(lower, form), multiple_results=False)
         mlir.register_lowering(primitive, rule, platform=platform)
-    static = ("window", "strides", "pads")
-    compiled = jax.jit(lambda v, x, **kw: primitive.bind(v, x, **kw), static_argnames=static)
-
-    def eager(v: Array, x: Array, **where: Any) -> Array:
-        with jax.disable_jit(False):  # uncompiled, the primitive would call itself
-            return compiled(v, x, **where)
-
-    primitive.def_impl(eager)
+    primitive.def_impl(primitives.eagerly(primitive, ("window", "strides", "pads")))
     ad.defjvp(primitive, lambda t, v, x, **where: primitive.bind(t, x, **where), None)
     ad.primitive_transposes[primitive] = transpose
     batching.primitive_batchers[primitive] = batch
@@ -144,8 +140,10 @@ def _out_shape(x: Any, *, window: Any, strides: Any, pads: Pads) -> tuple[int, .
     return (x.shape[0], *size, x.shape[3])
 
 
-_define(_PICK, _SPREAD, _pick_slices, _pick_native, _out_shape)
-_define(_SPREAD, _PICK, _spread_slices, _spread_native, lambda x, **_: x.shape)
+_PICKS = {"slices": _pick_slices, "native": _pick_native}
+_SPREADS = {"slices": _spread_slices, "native": _spread_native}
+_define(_PICK, _SPREAD, _PICKS, _out_shape)
+_define(_SPREAD, _PICK, _SPREADS, lambda x, **_: x.shape)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(1, 2, 3))
@@ -167,6 +165,8 @@ def max_pool(
     padding: Any = "VALID",
 ) -> Shaped[Array, "*pooled"]:
     """Max pooling with the arguments of ``nnx.max_pool``, and a gradient that is fast on CPU too.
+
+    A window that holds a NaN passes no gradient on there.
 
     Args:
       x: images, NHWC; anything else goes to ``nnx.max_pool`` as it is.

@@ -80,3 +80,12 @@ def test_nothing_is_chosen_without_a_measurement(platform):
     assert ops.choose(case, "forward", platform=platform) == "native"
     shuffled = ops.ShuffleCase((1, 8, 8, 24), 3)
     assert choice.choose_shuffle(shuffled, platform=platform) == "native"
+
+
+def test_pools_follow_their_file(root):
+    record = json.loads((root / "benchmarks" / "results" / "pool_forms.json").read_text())
+    assert record["backend"] == "cpu"
+    assert min(r["native_over_ours"] for r in record["rows"]) > 4
+    assert max(r["native_over_ours"] for r in record["rows"]) > 12
+    assert choice.choose_pool(platform="cpu") == "slices"
+    assert {choice.choose_pool(platform=p) for p in ("gpu", "tpu", None)} == {"native"}
