@@ -152,12 +152,15 @@ def cp_als(
       rank: R, at least 1 and at most the product of all modes but the largest.
       sweeps: at most.
       tolerance: stop when the relative error changes less in a sweep.
-      ridge: mu; at least half the type's epsilon, and
-        ten times as much from the start again where that is too little.
+      ridge: mu. Where it is too little for a Cholesky factor, ten times as much and at least five
+        times the type's epsilon, from the start again.
       start: factors to start from instead of random ones.
 
     Returns:
       (factors with balanced column norms, `CPInfo`).
+
+    Raises:
+      ValueError: a rank out of range, a negative ridge.
 
     Reference:
       Kolda & Bader, "Tensor decompositions and applications", SIAM Review 51(3), 2009.
@@ -213,13 +216,14 @@ def _als(
     batch = jax.eval_shape(each(jnp.sum), tensors).ndim
     shape, dtype = tensors.shape[batch:], tensors.dtype
     check_rank(rank, maximum_rank(shape), "cp_als")
+    if not ridge >= 0:
+        raise ValueError(f"cp_als: ridge is {ridge}; expected a number that is not negative")
     factors = starts
     if factors is None:
         factors = each(lambda k: random_factors(k, shape, rank, dtype))(keys)
     squared = each(lambda t: jnp.sum(t**2))(tensors)
-    # damping slows the fit, so it begins below what the type resolves
     eps = float(jnp.finfo(dtype).eps)
-    floor = jnp.full((), max(ridge, eps / 2), dtype)
+    floor = jnp.full((), ridge, dtype)
     cancelled = eps**0.5
     last = len(shape) - 1
     # two large products a sweep serve all modes: the tensor times the last factor for every mode
@@ -266,10 +270,11 @@ def _als(
             begin,
         )
 
-    # a Gram matrix that is singular to its own rounding has no Cholesky factor: more damping then
+    # a Gram matrix that is singular to its own rounding has no Cholesky factor: damping that the
+    # type resolves then
     (rows, grams, error, _, count), _ = jax.lax.while_loop(
-        lambda tried: ~jnp.all(jnp.isfinite(tried[0][2])) & (tried[1] < 0.01),
-        lambda tried: (fit(tried[1]), 10 * tried[1]),
+        lambda tried: ~jnp.all(jnp.isfinite(tried[0][2])) & (tried[1] <= max(0.01, ridge)),
+        lambda tried: (fit(tried[1]), jnp.maximum(10 * tried[1], 5 * eps)),
         (begin, floor),
     )
     # reported to four digits: the difference has them where the error is above a tenth

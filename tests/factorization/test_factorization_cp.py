@@ -103,6 +103,31 @@ def test_als_error_is_non_increasing_and_continues_from_a_start():
     assert all(b <= a + 1e-9 for a, b in zip(errors, errors[1:]))
     recount = np.linalg.norm(tensor - np.asarray(f.compose_cp(start))) / np.linalg.norm(tensor)
     np.testing.assert_allclose(errors[-1], recount, rtol=1e-9)
+    # much damping: small steps, but steps
+    _, info = f.cp_als(jax.random.key(0), tensor, 4, sweeps=3, ridge=0.5)
+    assert info.iterations == 3 and info.relative_error < 1
+    with pytest.raises(ValueError, match="ridge is -1"):
+        f.cp_als(jax.random.key(0), tensor, 4, ridge=-1.0)
+
+
+@pytest.mark.method("cp_als")
+def test_als_in_single_precision_takes_the_steps_of_the_textbook():
+    # every unfolding times the Khatri-Rao product of the others, and the pseudo-inverse
+    g = np.random.default_rng(0)
+    tensor = g.normal(size=(3, 3, 24, 24)) / np.arange(1, 25)[:, None] / np.arange(1, 25)
+    tensor = (tensor / np.linalg.norm(tensor)).astype(np.float32)
+    start = [g.normal(size=(n, 16)).astype(np.float32) for n in tensor.shape]
+    factors = [x.astype(np.float64) for x in start]
+    for _ in range(25):
+        for mode in range(4):
+            others = [factors[m] for m in range(4) if m != mode]
+            product = np.einsum("ar,br,cr->abcr", *others).reshape(-1, 16)
+            unfolded = np.moveaxis(tensor, mode, 0).reshape(tensor.shape[mode], -1)
+            factors[mode] = unfolded @ product @ np.linalg.pinv(product.T @ product)
+    again = np.einsum("ar,br,cr,dr->abcd", *factors)
+    _, info = f.cp_als(jax.random.key(0), tensor, 16, sweeps=25, tolerance=-1.0, start=start)
+    assert info.relative_error.dtype == np.float32
+    np.testing.assert_allclose(info.relative_error, np.linalg.norm(tensor - again), rtol=1e-5)
 
 
 @pytest.mark.method("cp_nls")
