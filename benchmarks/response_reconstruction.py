@@ -5,15 +5,17 @@
 A published CIFAR ResNet on the JPEG copy of CIFAR-10. The residual blocks' convolutions get the
 PCA-energy ranks of the wanted share of MACs; then the same plan is fitted in every way: from the
 weights alone, linear or ReLU-aware, on the original network's inputs (symmetric) or the compressed
-network's own (asymmetric). Nothing is fine-tuned. A row is written as soon as it is measured, and
-rows that the file has are not measured again.
+network's own (asymmetric). Nothing is fine-tuned. ``--depths N ...`` replaces only the first N
+layers of the plan, at the same ranks: the error that the layers before leave behind grows with N. A
+row is written as soon as it is measured, and rows that the file has are not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import itertools
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -23,6 +25,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 import jax
 import numpy as np
 from flax import nnx
+from records import write
 
 from cnnjax import data, factorization, models, report
 from cnnjax.factorization import Asymmetric3D, Basis, Reconstruction
@@ -39,6 +42,9 @@ WAYS = (
 )
 
 
+KEY = ("model", "rule", "share", "way", "layers")
+
+
 def main() -> None:
     """Measures what is missing and writes the result file."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
@@ -46,6 +52,8 @@ def main() -> None:
     parser.add_argument("--model", default="resnet20_cifar")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--shares", type=float, nargs="+", default=[0.7, 0.6, 0.5])
+    parser.add_argument("--depths", type=int, nargs="+", default=[None])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=WAYS)
     parser.add_argument("--rules", nargs="+", default=["channels"], choices=list(RULES))
     parser.add_argument("--train_images", type=int, default=1024)
     parser.add_argument("--test_images", type=int, default=2000)
@@ -62,17 +70,19 @@ def main() -> None:
         "data": "cifar10_jpeg",
         "environment": report.environment(),
     }
-    known = {(r["model"], r["rule"], r["share"], r["way"]) for r in record["rows"]}
-    for name in flags.rules:
-        for share in flags.shares:
-            missing = [w for w in WAYS if (flags.model, name, share, w) not in known]
-            if not missing:
-                continue
+    known = {tuple(map(r.get, KEY)) for r in record["rows"]}
+    for name, share in itertools.product(flags.rules, flags.shares):
+        missing = [
+            (depth, way)
+            for depth, way in itertools.product(flags.depths, flags.ways)
+            if (flags.model, name, share, way, depth) not in known
+        ]
+        if missing:
             rules: Any = {"layer*/*/conv*": RULES[name]}
             plan = factorization.pca_plan(network, rules, train, share, example=example)
-            for way in missing:
-                row = {"model": flags.model, "rule": name, "share": share, "way": way}
-                small = fitted(network, plan, train, example, way)
+            for depth, way in missing:
+                row = dict(zip(KEY, (flags.model, name, share, way, depth)))
+                small = fitted(network, first(plan, depth), train, example, way)
                 row |= {
                     "train_images": flags.train_images,
                     "test_images": flags.test_images,
@@ -80,7 +90,13 @@ def main() -> None:
                 }
                 print(row, flush=True)
                 record["rows"].append(row)
-                write(record)
+                write(RESULT, record)
+
+
+def first(plan: Any, layers: int | None) -> Any:
+    """The plan for its first replaced layers only, None: for all."""
+    replaced = [p for p in plan.layers if p.ranks and not p.kept]
+    return dataclasses.replace(plan, layers=tuple(replaced[:layers]))
 
 
 def batches(flags: argparse.Namespace, split: str, size: int) -> Any:
@@ -111,14 +127,6 @@ def top1(model: Any, test: list[Any]) -> float:
     answer = jax.jit(lambda state, x: nnx.merge(graphdef, state)(x).argmax(-1))
     right = [np.asarray(answer(state, b["image"])) == b["label"] for b in test]
     return float(np.mean(np.concatenate(right)))
-
-
-def write(record: dict[str, Any]) -> None:
-    """Replaces the result file by one rename."""
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, RESULT)
 
 
 if __name__ == "__main__":
