@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from cnnjax import ops
 from cnnjax.typing import AnyArray
 
 Map = Float[AnyArray, "n h w c"]
@@ -146,7 +147,7 @@ def fsp_matrix(first: Map, second: Float[AnyArray, "n h2 w2 d"]) -> Float[Array,
     height, width = min(a.shape[1], b.shape[1]), min(a.shape[2], b.shape[2])
 
     def fit(x):
-        n, h, w, c = x.shape
+        _, h, w, _ = x.shape
         if h % height or w % width:
             raise ValueError(
                 f"FSP layers of sizes {first.shape[1:3]} and {second.shape[1:3]}: the larger must "
@@ -154,7 +155,8 @@ def fsp_matrix(first: Map, second: Float[AnyArray, "n h2 w2 d"]) -> Float[Array,
             )
         if (h, w) == (height, width):
             return x
-        return x.reshape(n, height, h // height, width, w // width, c).max((2, 4))
+        window = (h // height, w // width)
+        return ops.max_pool(x, window, window)
 
     gram = jnp.einsum("nhwi,nhwj->nij", fit(a), fit(b), precision="highest")
     return gram / (height * width)

@@ -37,7 +37,8 @@ def fold_batchnorm(model: Any, example: Any = None, *, tolerance: float = 1e-4) 
     """A copy of the network whose batch norms are folded into the layers before them.
 
     A norm is folded where the network's dataflow shows that it alone reads one convolution's or
-    dense layer's output: kernel * s and (bias - mean) * s + beta, s = gamma / sqrt(var + epsilon).
+    dense layer's output, with nothing between: kernel * s and (bias - mean) * s + beta,
+    s = gamma / sqrt(var + epsilon).
     Norms elsewhere (first in a pre-activation or dense unit, inside scanned blocks) stay. The
     result is compared with the original on random images.
 
@@ -67,29 +68,54 @@ def fold_batchnorm(model: Any, example: Any = None, *, tolerance: float = 1e-4) 
     original = nnx.clone(model)
     original.eval()
     folded = nnx.clone(original)
-    pairs: list[list[str]] = []
-    read = graph.trace(original, jax.ShapeDtypeStruct(example.shape, example.dtype))
+    candidates = []
+    abstract = jax.ShapeDtypeStruct(example.shape, example.dtype)
+    read = graph.trace(original, abstract)
     for path in dict.fromkeys(layer.path for layer in read.layers if layer.path):
         if read.layer(path).kind not in ("conv", "dense"):
             continue
         norm = read.bn_of(path)
         if norm is None or len(read.prev_layers(norm.path)) != 1:
             continue
-        if sum(layer.path in (path, norm.path) for layer in read.layers) != 2:
-            # one of the two is applied more than once
-            continue
+        if sum(layer.path in (path, norm.path) for layer in read.layers) == 2:
+            # each of the two is applied once
+            candidates.append((path, norm.path))
+    pairs: list[list[str]] = []
+    for path, norm_path in _side_by_side(original, candidates, abstract):
         layer_parent, layer_key = _module(folded, path)
-        norm_parent, norm_key = _module(folded, norm.path)
+        norm_parent, norm_key = _module(folded, norm_path)
         layer, bn = _get(layer_parent, layer_key), _get(norm_parent, norm_key)
         if not isinstance(bn, nnx.BatchNorm) or not isinstance(layer, nnx.Conv | nnx.Linear):
             continue
         _fold(layer, bn)
         _take_out(norm_parent, norm_key)
-        pairs.append([path, norm.path])
+        pairs.append([path, norm_path])
     _check(original, folded, example, tolerance)
     if pairs:
         surgery.add_edit(folded, "models.fold_batchnorm", pairs=pairs)
     return folded
+
+
+def _side_by_side(
+    model: nnx.Module, pairs: list[tuple[str, str]], example: jax.ShapeDtypeStruct
+) -> list[tuple[str, str]]:
+    """The pairs whose norm reads the layer's very output: no ReLU, no pooling between."""
+    from cnnjax import graph
+
+    if not pairs:
+        return []
+    taps = {path: "output" for path, _ in pairs} | {norm: "input" for _, norm in pairs}
+    graphdef, state = nnx.split(model)
+
+    def read(state: Any, x: Any) -> Any:
+        return graph.capture(nnx.merge(graphdef, state), taps)(x)[1]
+
+    try:
+        closed, shapes = jax.make_jaxpr(read, return_shape=True)(state, example)
+    except ValueError:  # values can't leave nnx.remat: the comparison at the end decides
+        return pairs
+    values = jax.tree.unflatten(jax.tree.structure(shapes), closed.jaxpr.outvars)
+    return [(path, norm) for path, norm in pairs if values[path] is values[norm]]
 
 
 def _take_out(parent: Any, key: str | int) -> None:

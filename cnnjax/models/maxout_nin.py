@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from cnnjax.models import blocks
 from cnnjax.models.nin import pooled
 from cnnjax.models.registry import ModelConfig, check_positive, check_rate, register
+from cnnjax.ops import maxout
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,13 +33,6 @@ class MaxoutNiNConfig(ModelConfig):
         super().__post_init__()
         check_positive(self, "pieces")
         check_rate(self, "dropout")
-
-
-def maxout(x: Any, pieces: int) -> Any:
-    """(..., U * k) -> (..., U): unit u is the maximum of channels u k ... u k + k - 1."""
-    if x.shape[-1] % pieces:
-        raise ValueError(f"{pieces} pieces don't divide {x.shape[-1]} channels")
-    return jnp.max(x.reshape(*x.shape[:-1], -1, pieces), axis=-1)
 
 
 class MaxoutMlp(nnx.Module):

@@ -12,7 +12,7 @@ from cnnjax.ops.conv import (
 )
 from cnnjax.ops.geometry import ConvCase, ConvSpec, ShuffleCase
 from cnnjax.ops.layers import Conv
-from cnnjax.ops.pooling import max_pool
+from cnnjax.ops.pooling import max_pool, maxout
 from cnnjax.ops.primitives import FORWARD_PRIMITIVES, recognise
 from cnnjax.ops.shuffle import channel_shuffle
 from cnnjax.ops.table import FormTable, use_table
@@ -33,6 +33,7 @@ __all__ = [
     "depthwise",
     "grouped",
     "max_pool",
+    "maxout",
     "pointwise",
     "recognise",
     "tune",

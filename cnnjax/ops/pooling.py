@@ -185,3 +185,31 @@ def max_pool(
     else:
         pads = padding
     return _pool(x, window, strides, tuple((int(a), int(b)) for a, b in pads))  # pyright: ignore
+
+
+@jax.custom_jvp
+def _largest(x: Array) -> Array:
+    return jnp.max(x, axis=-1)
+
+
+@_largest.defjvp
+def _largest_jvp(primals: Any, tangents: Any) -> Any:
+    (x,), (t,) = primals, tangents
+    chosen = jnp.arange(x.shape[-1]) == jnp.argmax(x, axis=-1, keepdims=True)
+    return _largest(x), jnp.where(chosen, t, 0).sum(-1)
+
+
+def maxout(x: Shaped[Array | np.ndarray, "*maps"], pieces: int) -> Shaped[Array, "*units"]:
+    """(..., U * k) -> (..., U): unit u is the maximum of channels u k ... u k + k - 1.
+
+    The first of equal channels gets the gradient. ``jnp.max`` shares it among the channels that
+    equal the maximum: where XLA computes the channels once more, rounded otherwise, for the
+    backward pass, that is none of them, and the gradient 0 / 0.
+
+    Raises:
+      ValueError: if k doesn't divide the channels.
+    """
+    x = jnp.asarray(x)
+    if pieces < 1 or x.shape[-1] % pieces:
+        raise ValueError(f"{pieces} pieces don't divide {x.shape[-1]} channels")
+    return _largest(x.reshape(*x.shape[:-1], -1, pieces))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from cnnjax import models
+from cnnjax import models, ops
 from cnnjax.models import (
     fractalnet,
     inception_blocks,
@@ -276,11 +276,21 @@ def test_window_layer_holds_no_dense_kernel():
 
 @pytest.mark.method("maxout_nin")
 def test_maxout_takes_consecutive_maps():
-    x = _x(2, 3, 3, 20)
-    want = np.stack([x[..., u * 5 : u * 5 + 5].max(-1) for u in range(4)], axis=-1)
-    np.testing.assert_array_equal(np.asarray(maxout_nin.maxout(jnp.asarray(x), 5)), want)
+    x, ct = _x(2, 3, 3, 20), _x(2, 3, 3, 4)
+    x[..., 7] = x[..., 8] = 9.0  # a tie: the first
+    y, pull = jax.vjp(lambda x: ops.maxout(x, 5), jnp.asarray(x))
+    groups = [x[..., u * 5 : u * 5 + 5] for u in range(4)]
+    np.testing.assert_array_equal(y, np.stack([g.max(-1) for g in groups], axis=-1))
+    first = np.stack([np.eye(5)[g.argmax(-1)] for g in groups], axis=-2)
+    np.testing.assert_array_equal(pull(ct)[0], (ct[..., None] * first).reshape(x.shape))
+    t = _x(2, 3, 3, 20)
+    tangent = jax.jvp(lambda x: ops.maxout(x, 5), (jnp.asarray(x),), (t,))[1]
+    np.testing.assert_array_equal(tangent, (t.reshape(*t.shape[:-1], 4, 5) * first).sum(-1))
+    # not shared by a count of equal entries, which may be none, and then 0 / 0
+    program = str(jax.make_jaxpr(pull)(jnp.asarray(ct)))
+    assert " div " not in program
     with pytest.raises(ValueError, match="3 pieces don't divide 20"):
-        maxout_nin.maxout(jnp.asarray(x), 3)
+        ops.maxout(jnp.asarray(x), 3)
 
 
 @pytest.mark.method("maxout_nin")

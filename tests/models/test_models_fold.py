@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from cnnjax import models, tree
+from cnnjax.models import blocks
 from cnnjax.models.fold import Identity, fold_batchnorm
 
 pytestmark = pytest.mark.method("bn_fold")
@@ -62,7 +63,26 @@ class ReluBetween(nnx.Module):
 
 def test_an_operation_between_layer_and_norm_is_noticed():
     model = oracle.fill(ReluBetween(nnx.Rngs(0)))
+    x = np.random.default_rng(0).standard_normal((1, 6, 6, 3)).astype(np.float32)
     with pytest.raises(ValueError, match="give an example input"):
         fold_batchnorm(model)
+    folded = fold_batchnorm(model, x)
+    assert isinstance(folded.bn, nnx.BatchNorm)
+    model.eval()
+    np.testing.assert_array_equal(run(folded, x), run(model, x))
+
+
+class Hidden(nnx.Module):
+    """The same inside remat, where values can't be looked at."""
+
+    def __init__(self, rngs):
+        self.inner = ReluBetween(rngs)
+
+    def __call__(self, x):
+        return blocks.run(self.inner, x, remat=True)
+
+
+def test_an_operation_that_cannot_be_seen_changes_the_output():
+    model = oracle.fill(Hidden(nnx.Rngs(0)))
     with pytest.raises(ValueError, match="an operation sits between"):
         fold_batchnorm(model, np.zeros((1, 6, 6, 3), np.float32))
