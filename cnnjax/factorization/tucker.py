@@ -31,11 +31,21 @@ def unfold(tensor: Float[AnyArray, ...], mode: int) -> Float[Array, "n m"]:
 def _leading(matrix: Array, rank: int) -> Array:
     """The ``rank`` leading left singular vectors, from the Gram matrix of the shorter side.
 
-    The rows are few and the columns many, so the Gram matrix is small; its eigenvectors are
-    orthonormal whatever the conditioning, which is all that a Tucker factor needs.
+    An orthonormal basis whatever the conditioning, which is all that a Tucker factor needs; past
+    the matrix's own rank any completion does.
     """
-    _, vectors = jnp.linalg.eigh(matmul(matrix, matrix.T))
-    return vectors[:, ::-1][:, :rank]
+    n, m = matrix.shape
+    if n <= m:
+        _, vectors = jnp.linalg.eigh(matmul(matrix, matrix.T))
+        return vectors[:, ::-1][:, :rank]
+    _, vectors = jnp.linalg.eigh(matmul(matrix.T, matrix))
+    return _orthonormal(matmul(matrix, vectors[:, ::-1][:, :rank]), rank)
+
+
+def _orthonormal(columns: Array, rank: int) -> Array:
+    """``rank`` orthonormal columns whose first ones span what ``columns`` do."""
+    more = jnp.eye(len(columns), rank - columns.shape[1], dtype=columns.dtype)
+    return jnp.linalg.qr(jnp.concatenate([columns, more], axis=1))[0]
 
 
 def _nearer(matrix: Array, basis: Array) -> Array:
@@ -132,7 +142,8 @@ def tucker2(
       in_rank: r3, 1 to i.
       out_rank: r4, 1 to o.
       sweeps: of HOOI from the truncated HOSVD. Every second and the last solve both eigenvalue
-        problems; those between go one step of orthogonal iteration towards the solutions.
+        problems; those between go one step of orthogonal iteration towards the solutions. A 1x1
+        kernel is a matrix, for which the HOSVD is the optimum: no sweeps.
 
     Returns:
       Orthonormal A (i, r3) and B (o, r4), core (kh, kw, r3, r4).
@@ -145,6 +156,9 @@ def tucker2(
     _, _, i, o = kernel.shape
     check_rank(in_rank, i, "tucker2 input")
     check_rank(out_rank, o, "tucker2 output")
+    if kernel.shape[:2] == (1, 1):
+        a, b = _of_matrix(kernel[0, 0], in_rank, out_rank)
+        return Tucker2Factors(a, matmul(matmul(a.T, kernel), b), b)
     a = _leading(unfold(kernel, 2), in_rank)
     b = _leading(unfold(kernel, 3), out_rank)
 
@@ -170,6 +184,15 @@ def tucker2(
     # one mode at full rank: the other's HOSVD factor is optimal already
     core = einsum("abio,ip,oq->abpq", kernel, a, b)
     return Tucker2Factors(a, core, b)
+
+
+def _of_matrix(matrix: Array, rows: int, columns: int) -> tuple[Array, Array]:
+    """Leading left and right singular vectors by one eigenvalue problem."""
+    if matrix.shape[0] > matrix.shape[1]:
+        right, left = _of_matrix(matrix.T, columns, rows)
+        return left, right
+    whole = _leading(matrix, len(matrix))
+    return whole[:, :rows], _orthonormal(matmul(matrix.T, whole[:, :columns]), columns)
 
 
 @jax.jit

@@ -105,7 +105,8 @@ def test_als_error_is_non_increasing_and_continues_from_a_start():
     np.testing.assert_allclose(errors[-1], recount, rtol=1e-9)
     # much damping: small steps, but steps
     _, info = f.cp_als(jax.random.key(0), tensor, 4, sweeps=3, ridge=0.5)
-    assert info.iterations == 3 and info.relative_error < 1
+    assert info.iterations == 3
+    assert info.relative_error < 1
     with pytest.raises(ValueError, match="ridge is -1"):
         f.cp_als(jax.random.key(0), tensor, 4, ridge=-1.0)
 

@@ -80,6 +80,39 @@ def test_tucker2_agrees_with_general_hooi():
     np.testing.assert_allclose(ours, f.compose_tucker(core, factors), atol=1e-5)
 
 
+@pytest.mark.method("tucker2")
+@pytest.mark.parametrize(
+    ("shape", "ranks"),
+    [
+        ((1, 1, 7, 12), (3, 5)),
+        ((1, 1, 12, 7), (4, 2)),
+        ((1, 1, 4, 9), (4, 6)),
+        ((1, 1, 9, 9), (9, 9)),
+    ],
+)
+def test_tucker2_of_a_matrix_is_its_truncated_svd(shape, ranks):
+    kernel = np.random.default_rng(3).normal(size=shape)
+    t = f.tucker2(kernel, *ranks)
+    for factor, rank in ((t.first, ranks[0]), (t.last, ranks[1])):
+        np.testing.assert_allclose(factor.T @ factor, np.eye(rank), atol=1e-12)
+    u, s, vt = np.linalg.svd(kernel[0, 0], full_matrices=False)
+    r = min(ranks)
+    np.testing.assert_allclose(
+        np.asarray(f.compose_tucker2(t))[0, 0], (u[:, :r] * s[:r]) @ vt[:r], atol=1e-10
+    )
+
+
+@pytest.mark.method("tucker2")
+def test_tucker2_of_more_outputs_than_there_are_taps_and_inputs():
+    # past the rank of the unfolding a factor is any orthonormal completion
+    kernel = np.random.default_rng(4).normal(size=(2, 2, 3, 24))
+    t = f.tucker2(kernel, 2, 16)
+    np.testing.assert_allclose(t.last.T @ t.last, np.eye(16), atol=1e-12)
+    lost = np.linalg.norm(kernel - np.asarray(f.compose_tucker2(t)))
+    singular = np.linalg.svd(unfold(kernel, 2), compute_uv=False)
+    np.testing.assert_allclose(lost, singular[2], rtol=1e-10)
+
+
 @pytest.mark.method("tucker_hooi")
 def test_bad_ranks():
     t = np.ones((3, 4, 5))
