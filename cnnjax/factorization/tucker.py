@@ -141,9 +141,10 @@ def tucker2(
       kernel: (kh, kw, i, o).
       in_rank: r3, 1 to i.
       out_rank: r4, 1 to o.
-      sweeps: of HOOI from the truncated HOSVD. Every second and the last solve both eigenvalue
-        problems; those between go one step of orthogonal iteration towards the solutions. A 1x1
-        kernel is a matrix, for which the HOSVD is the optimum: no sweeps.
+      sweeps: of HOOI from the truncated HOSVD. Every second solves both eigenvalue problems; the
+        others go one step of orthogonal iteration towards the solutions, which also mends the
+        rounding of the squared matrices. A 1x1 kernel is a matrix, for which the HOSVD is the
+        optimum: no sweeps.
 
     Returns:
       Orthonormal A (i, r3) and B (o, r4), core (kh, kw, r3, r4).
@@ -177,22 +178,21 @@ def tucker2(
         return sweep(exact(factors), _nearer)
 
     if in_rank < i and out_rank < o:
-        pairs = max(0, sweeps - 1) // 2
-        a, b = jax.lax.fori_loop(0, pairs, pair, (a, b))
-        for _ in range(sweeps - 2 * pairs):
+        if sweeps % 2:
             a, b = exact((a, b))
+        a, b = jax.lax.fori_loop(0, sweeps // 2, pair, (a, b))
     # one mode at full rank: the other's HOSVD factor is optimal already
     core = einsum("abio,ip,oq->abpq", kernel, a, b)
     return Tucker2Factors(a, core, b)
 
 
 def _of_matrix(matrix: Array, rows: int, columns: int) -> tuple[Array, Array]:
-    """Leading left and right singular vectors by one eigenvalue problem."""
-    if matrix.shape[0] > matrix.shape[1]:
-        right, left = _of_matrix(matrix.T, columns, rows)
-        return left, right
-    whole = _leading(matrix, len(matrix))
-    return whole[:, :rows], _orthonormal(matmul(matrix.T, whole[:, :columns]), columns)
+    """Leading left and right singular vectors, completed past the shorter side."""
+    u, _, vt = jnp.linalg.svd(matrix, full_matrices=False)
+    shorter = min(matrix.shape)
+    left = u[:, :rows] if rows <= shorter else _orthonormal(u, rows)
+    right = vt[:columns].T if columns <= shorter else _orthonormal(vt.T, columns)
+    return left, right
 
 
 @jax.jit
