@@ -324,7 +324,10 @@ def _sweep(
         right = product + floor * jnp.diagonal(gamma)[:, None] * rows[mode]
         if shape[mode] > rank:
             # many right-hand sides: triangular solves are slow, a product is not
-            rows[mode] = matmul(jax.scipy.linalg.cho_solve(solve, identity), right)
+            inverse = jax.scipy.linalg.cho_solve(solve, identity)
+            rows[mode] = matmul(inverse, right)
+            if rank > 32:  # a large inverse has lost digits, which one refinement brings back
+                rows[mode] += matmul(inverse, right - matmul(damped, rows[mode]))
         else:
             rows[mode] = jax.scipy.linalg.cho_solve(solve, right)
         grams[mode] = matmul(rows[mode], rows[mode].T)
