@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from cnnjax import surgery
+from cnnjax import ops, surgery
 from cnnjax.errors import did_you_mean
 from cnnjax.factorization.chain import Chain
 from cnnjax.factorization.modules import chain_module
@@ -102,7 +102,7 @@ def _he(key: Any, shape: tuple[int, ...]) -> jax.Array:
 
 def _identity_norm(features: int, like: nnx.Conv) -> nnx.BatchNorm:
     """A BatchNorm whose initial statistics and scale make it the identity in evaluation."""
-    norm = nnx.BatchNorm(
+    norm = ops.BatchNorm(
         features,
         momentum=0.9,
         epsilon=1e-5,

@@ -28,6 +28,7 @@ _RELU = jax.nn.relu
 _call_jvp = jax.custom_jvp.__call__
 _call_norm = nnx.BatchNorm.__call__
 _call_conv = nnx.Conv.__call__
+_NORMS = (nnx.BatchNorm, ops.BatchNorm)  # the same in evaluation
 _CONVS = (jax.lax.conv_general_dilated, ops.conv_general_dilated)
 _promote = nnx.nn.dtypes.promote_dtype
 _call_concatenate = jax.numpy.concatenate
@@ -77,7 +78,7 @@ def _jvp(self: Any, *args: Any, **kwargs: Any) -> Any:
 def _norm(self: Any, x: Any, use_running_average: Any = None, *, mask: Any = None) -> Any:
     stored = self.use_running_average if use_running_average is None else use_running_average
     if (
-        type(self) is nnx.BatchNorm
+        type(self) in _NORMS
         and stored is True
         and _plain(x)
         and type(self.axis) is int

@@ -226,7 +226,7 @@ def batch_norm(
     scale: float = 1.0,
 ) -> nnx.BatchNorm:
     """Batch normalisation with torch's defaults (its momentum 0.1 is Flax's 0.9)."""
-    return nnx.BatchNorm(
+    return ops.BatchNorm(
         features,
         epsilon=epsilon,
         momentum=momentum,

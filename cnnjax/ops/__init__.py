@@ -12,6 +12,7 @@ from cnnjax.ops.conv import (
 )
 from cnnjax.ops.geometry import ConvCase, ConvSpec, ShuffleCase
 from cnnjax.ops.layers import Conv
+from cnnjax.ops.norm import BatchNorm
 from cnnjax.ops.pooling import max_pool, maxout
 from cnnjax.ops.primitives import FORWARD_PRIMITIVES, recognise
 from cnnjax.ops.shuffle import channel_shuffle
@@ -20,6 +21,7 @@ from cnnjax.ops.tuning import chosen_parts, tune
 
 __all__ = [
     "FORWARD_PRIMITIVES",
+    "BatchNorm",
     "Conv",
     "ConvCase",
     "ConvSpec",

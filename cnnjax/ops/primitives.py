@@ -94,7 +94,7 @@ def eagerly(primitive: Primitive, static: tuple[str, ...]) -> Any:
     """
     compiled = jax.jit(lambda *a, **kw: primitive.bind(*a, **kw), static_argnames=static)
 
-    def run(*arrays: Array, **params: Any) -> Array:
+    def run(*arrays: Array, **params: Any) -> Any:
         with jax.disable_jit(False):
             return compiled(*arrays, **params)
 

@@ -123,5 +123,6 @@ def _attention(layer: Any, old: dict[str, Shape]) -> None:
 
 
 register(ops.Conv, name="cnnjax.Conv")(_conv)
+register(ops.BatchNorm, name="cnnjax.BatchNorm")(_batch_norm)
 register(nnx.PReLU, attributes={})
 register(nnx.Dropout, attributes={})
