@@ -326,7 +326,7 @@ def _sweep(
             # many right-hand sides: triangular solves are slow, a product is not
             inverse = jax.scipy.linalg.cho_solve(solve, identity)
             rows[mode] = matmul(inverse, right)
-            if rank > 32:  # a large inverse has lost digits, which one refinement brings back
+            if rank >= 32:  # a large inverse has lost digits, which one refinement brings back
                 rows[mode] += matmul(inverse, right - matmul(damped, rows[mode]))
         else:
             rows[mode] = jax.scipy.linalg.cho_solve(solve, right)
