@@ -144,7 +144,8 @@ def cp_als(
     Each factor solves its proximally damped normal equations
     ``F (Gamma + mu D) = MTTKRP + mu F_old D``, D the diagonal of Gamma; the damping leaves the
     fixed points where they are and makes the error non-increasing, swamps and rank-deficient Grams
-    included.
+    included. A matrix (at most two modes with more than one entry) gets its truncated SVD, whatever
+    the start.
 
     Args:
       key: random key of the start.
@@ -218,6 +219,8 @@ def _als(
     check_rank(rank, maximum_rank(shape), "cp_als")
     if not ridge >= 0:
         raise ValueError(f"cp_als: ridge is {ridge}; expected a number that is not negative")
+    if sum(n > 1 for n in shape) < 3:
+        return each(functools.partial(_of_matrix, rank=rank))(tensors)
     factors = starts
     if factors is None:
         factors = each(lambda k: random_factors(k, shape, rank, dtype))(keys)
@@ -284,6 +287,16 @@ def _als(
     count = jnp.broadcast_to(count, squared.shape)
     factors = each(balance)([f.mT for f in rows])
     return factors, CPInfo(error, count, norms.max(-1) / scale)
+
+
+def _of_matrix(tensor: Array, rank: int) -> tuple[Factors, CPInfo]:
+    """The truncated SVD, where at most two modes have more than one entry."""
+    shape = tensor.shape
+    rows, columns = sorted(sorted(range(len(shape)), key=lambda m: shape[m])[-2:])
+    u, s, vt = jnp.linalg.svd(tensor.reshape(shape[rows], shape[columns]), full_matrices=False)
+    factors = [jnp.ones((n, rank), tensor.dtype) for n in shape]
+    factors[rows], factors[columns] = u[:, :rank] * s[:rank], vt[:rank].T
+    return balance(factors), cp_info(tensor, factors, 0)
 
 
 def _sweep(
