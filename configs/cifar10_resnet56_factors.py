@@ -26,13 +26,13 @@ What `scripts/update_results.py` found in ``configs/results/cifar10_resnet56_fac
 # published: error 16.00 %, 853.0k non-zeros, 1.00x
 # curves: error 16.00 %, 853.0k non-zeros, 1.00x
 # svd_50: 48.8 % of the MACs, error 25.65 % before fine-tuning, 24.20 % after
-# cp_50: 49.7 % of the MACs, error 14.75 % before fine-tuning, 14.10 % after
+# cp_50: 49.7 % of the MACs, error 14.70 % before fine-tuning, 14.10 % after
 # zhang_3d_50: 50.2 % of the MACs, error 17.55 % before fine-tuning, 16.05 % after
 # tucker2_evbmf_40: 47.6 % of the MACs, error 24.65 % before fine-tuning, 23.00 % after
 # tai_50: 50.2 % of the MACs, error 17.50 % before fine-tuning, 17.20 % after
 # zhang_channels_50: 50.2 % of the MACs, error 19.85 % before fine-tuning, 17.80 % after
 # svd_70: 69.5 % of the MACs, error 16.90 % before fine-tuning, 16.25 % after
-# cp_70: 69.7 % of the MACs, error 14.30 % before fine-tuning, 13.75 % after
+# cp_70: 69.7 % of the MACs, error 14.30 % before fine-tuning, 13.55 % after
 # zhang_3d_70: 70.0 % of the MACs, error 15.60 % before fine-tuning, 13.75 % after
 # tucker2_evbmf_60: 68.2 % of the MACs, error 16.95 % before fine-tuning, 17.00 % after
 # tai_70: 68.5 % of the MACs, error 14.55 % before fine-tuning, 14.15 % after
