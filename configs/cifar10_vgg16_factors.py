@@ -26,13 +26,13 @@ What `scripts/update_results.py` found in ``configs/results/cifar10_vgg16_factor
 # curves: error 36.65 %, 939.9k non-zeros, 1.00x
 # svd_50: 50.3 % of the MACs, error 45.55 % before fine-tuning, 42.00 % after
 # tucker2_evbmf_4: 28.3 % of the MACs, error 47.45 % before fine-tuning, 43.55 % after
-# cp_50: 50.9 % of the MACs, error 39.25 % before fine-tuning, 40.60 % after
+# cp_50: 50.9 % of the MACs, error 38.75 % before fine-tuning, 42.05 % after
 # tai_50: 51.2 % of the MACs, error 43.60 % before fine-tuning, 40.00 % after
 # zhang_channels_50: 51.1 % of the MACs, error 38.25 % before fine-tuning, 38.90 % after
 # zhang_3d_50: 51.1 % of the MACs, error 40.35 % before fine-tuning, 41.80 % after
 # svd_25: 25.6 % of the MACs, error 63.60 % before fine-tuning, 50.50 % after
 # tucker2_evbmf_15: 9.1 % of the MACs, error 70.40 % before fine-tuning, 54.40 % after
-# cp_25: 26.5 % of the MACs, error 44.10 % before fine-tuning, 43.90 % after
+# cp_25: 26.5 % of the MACs, error 44.50 % before fine-tuning, 44.50 % after
 # tai_25: 26.7 % of the MACs, error 52.15 % before fine-tuning, 43.70 % after
 # zhang_channels_25: 26.7 % of the MACs, error 43.15 % before fine-tuning, 43.25 % after
 # zhang_3d_25: 26.7 % of the MACs, error 44.20 % before fine-tuning, 44.90 % after
