@@ -151,6 +151,7 @@ class BatchNorm(nnx.BatchNorm):
             running is False
             and mask is None
             and self.axis_name is None
+            and x.ndim > 1
             and self.axis in (-1, x.ndim - 1)
             and jnp.issubdtype(x.dtype, jnp.floating)
         )
