@@ -132,8 +132,9 @@ def test_tucker_layer_is_the_decomposition():
     kernel = normal(3, 3, 8, 6).astype(np.float32)
     model = with_kernel(kernel, padding="VALID")
     ranks = (2, 1, 4, 3)
-    got, _ = composed(model, f.Tucker(ranks, sweeps=30, always=True))
-    core, factors = f.tucker_hooi(kernel, ranks, sweeps=30)
+    # few sweeps: neither stops before the other by the last digits of its own program
+    got, _ = composed(model, f.Tucker(ranks, sweeps=5, always=True))
+    core, factors = f.tucker_hooi(kernel, ranks, sweeps=5)
     core, *u = (np.asarray(a, np.float64) for a in (core, *factors))
     np.testing.assert_allclose(got, np.einsum("pqrs,ap,bq,ir,os->abio", core, *u), atol=1e-5)
     # planted multilinear ranks come back whole
