@@ -136,7 +136,7 @@ def test_tucker_layer_is_the_decomposition():
     got, _ = composed(model, f.Tucker(ranks, sweeps=5, always=True))
     core, factors = f.tucker_hooi(kernel, ranks, sweeps=5)
     core, *u = (np.asarray(a, np.float64) for a in (core, *factors))
-    np.testing.assert_allclose(got, np.einsum("pqrs,ap,bq,ir,os->abio", core, *u), atol=1e-5)
+    np.testing.assert_allclose(got, np.einsum("pqrs,ap,bq,ir,os->abio", core, *u), atol=1e-4)
     # planted multilinear ranks come back whole
     planted = np.einsum(
         "pqrs,ap,bq,ir,os->abio",
