@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 import time
@@ -30,7 +29,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
-from cnnjax import coding, report
+from cnnjax import coding, files, report
 from cnnjax.coding import ans, kmeans, streams
 from cnnjax.coding.wire import Reader
 
@@ -231,9 +230,7 @@ def main() -> None:
         found[what] = {"environment": report.environment(), **benches[what](args)}
         print(json.dumps(found[what], indent=1))
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(found, indent=1) + "\n")
-    os.replace(temporary, args.out)
+    files.write_text(args.out, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

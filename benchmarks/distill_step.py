@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import pathlib
 import sys
 import tempfile
@@ -31,7 +30,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from cnnjax import distillation, models, pruning, report, training
+from cnnjax import distillation, files, models, pruning, report, training
 from cnnjax.data.memory import MemoryLoader
 from cnnjax.distillation import DistillConfig
 
@@ -223,9 +222,7 @@ def main() -> None:
         "pairs": pairs,
         "environment": report.environment(),
     }
-    temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    os.replace(temporary, RESULT)
+    files.write_text(RESULT, json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

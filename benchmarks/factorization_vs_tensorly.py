@@ -41,6 +41,7 @@ import numpy as np
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from cnnjax import factorization as f
+from cnnjax import files
 
 # (kh, kw, i, o): how many layers have it
 RESNET50 = {
@@ -296,9 +297,7 @@ def main() -> int:
 
         def write(rows: dict[str, Any], case: str = case) -> None:
             known["cases"][case] = rows
-            temporary = out.with_suffix(".tmp")
-            temporary.write_text(json.dumps(known, indent=1) + "\n")
-            os.replace(temporary, out)
+            files.write_text(out, json.dumps(known, indent=1) + "\n")
 
         if case == "together":
             from benchmarks.factorization_together import measure_together

@@ -28,7 +28,7 @@ from flax import nnx
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
-from cnnjax import data, models, training
+from cnnjax import data, files, models, training
 from cnnjax.data import prepare
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -182,9 +182,7 @@ def main() -> None:
         args.out or ROOT / "benchmarks" / "results" / f"input_pipeline_{args.dataset}.json"
     )
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, out)
+    files.write_text(out, json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))
 
 

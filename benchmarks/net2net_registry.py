@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import pathlib
 import sys
 from typing import Any
@@ -27,7 +26,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from cnnjax import distillation, graph, models, report, surgery
+from cnnjax import distillation, files, graph, models, report, surgery
 from cnnjax.distillation import sameness
 
 RESULT = pathlib.Path(__file__).parent / "results" / "net2net_registry.json"
@@ -229,9 +228,7 @@ def write(rows: dict[str, dict[str, Any]]) -> None:
         "environment": report.environment(),
     }
     for file, text in ((RESULT, json.dumps(record, indent=1) + "\n"), (PAGE, page(record["rows"]))):
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text(text)
-        os.replace(temporary, file)
+        files.write_text(file, text)
 
 
 def known() -> dict[str, dict[str, Any]]:

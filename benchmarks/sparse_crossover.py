@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import pathlib
 import sys
 import time
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 import scipy.sparse
 
-from cnnjax import report
+from cnnjax import files, report
 from cnnjax.coding import sparse
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "sparse_crossover.json"
@@ -106,9 +105,7 @@ def main() -> None:
             print(batch, json.dumps(row), flush=True)
         print(batch, "sparse pays below", json.dumps(found), flush=True)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = args.out.with_suffix(".tmp")
-    temporary.write_text(json.dumps(out, indent=1) + "\n")
-    os.replace(temporary, args.out)
+    files.write_text(args.out, json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ from cnnjax.factorization.circulant import circulant_learn, circulant_reconfigur
 from cnnjax.factorization.compact import CompactLayer, compact_maps
 from cnnjax.factorization.compose import compose_chain, data_reconstruct
 from cnnjax.factorization.constrained import constrain_low_rank
-from cnnjax.factorization.cp import CPInfo, best_of, compose_cp, cp_als, cp_als_together
+from cnnjax.factorization.cp import cp_als, cp_als_together
+from cnnjax.factorization.cp_factors import CPInfo, best_of, compose_cp
 from cnnjax.factorization.cp_nls import cp_nls
 from cnnjax.factorization.cp_rules import CP, Scheme1
 from cnnjax.factorization.cp_tpm import cp_tpm

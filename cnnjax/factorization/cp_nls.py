@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnnjax.factorization.cp import (
+from cnnjax.factorization.cp_factors import (
     CPInfo,
     Factors,
     balance,

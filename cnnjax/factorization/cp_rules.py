@@ -13,7 +13,8 @@ from jaxtyping import Array
 
 from cnnjax.factorization import chain as chains
 from cnnjax.factorization.chain import Chain, ConvSpec, split_groups
-from cnnjax.factorization.cp import balance, best_of, cp_als, cp_als_together
+from cnnjax.factorization.cp import cp_als, cp_als_together
+from cnnjax.factorization.cp_factors import balance, best_of
 from cnnjax.factorization.cp_nls import cp_nls
 from cnnjax.factorization.cp_tpm import cp_tpm
 from cnnjax.factorization.rules import Ranks, Rule, Stages

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from cnnjax.factorization.cp import CPInfo, Factors, cp_info, maximum_rank, random_factors
+from cnnjax.factorization.cp_factors import CPInfo, Factors, cp_info, maximum_rank, random_factors
 from cnnjax.factorization.matrix import check_rank, einsum, working
 from cnnjax.typing import AnyArray
 

@@ -11,7 +11,7 @@ import pytest
 import scipy.optimize
 
 from cnnjax import factorization as f
-from cnnjax.factorization.cp import mttkrp
+from cnnjax.factorization.cp_factors import mttkrp
 from cnnjax.factorization.cp_nls import negative_gradient, normal_product
 
 
