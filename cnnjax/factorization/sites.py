@@ -114,11 +114,7 @@ def _read_program(
     model: nnx.Module, paths: Sequence[str], norms: Mapping[str, str | None], examples: tuple
 ) -> tuple[Site, ...]:
     taps = dict.fromkeys(paths, "output") | {n: "both" for n in norms.values() if n}
-    run = graphs.capture(in_evaluation(model), taps)
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), examples)
-    closed, shapes = jax.make_jaxpr(lambda *x: run(*x)[1], return_shape=True)(*abstract)
-    program = closed.jaxpr
-    values = jax.tree.unflatten(jax.tree.structure(shapes), program.outvars)
+    program, values = graphs.captured_program(in_evaluation(model), taps, *examples)
     made = {id(v): i for i, eqn in enumerate(program.eqns) for v in eqn.outvars}
     sites, order = [], []
     for path in paths:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cnnjax.graph.capture import capture
+from cnnjax.graph.capture import capture, captured_program
 from cnnjax.graph.check import label_check
 from cnnjax.graph.network import Graph
 from cnnjax.graph.profile import LayerCost, Profile, profile
@@ -36,6 +36,7 @@ __all__ = [
     "Profile",
     "Source",
     "capture",
+    "captured_program",
     "energy",
     "label_check",
     "latencies",

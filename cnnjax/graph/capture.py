@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
 from flax import nnx
 
 from cnnjax.errors import did_you_mean
@@ -124,3 +125,32 @@ def capture(
         return out, recorder.found
 
     return fn
+
+
+def captured_program(
+    model: nnx.Module, taps: Mapping[str, str] | str, *examples: Any
+) -> tuple[Any, dict[str, Any]]:
+    """The program that a model is, and the places in it that the taps see.
+
+    Two taps that name the same variable (``is``) have nothing between them.
+
+    Args:
+      model: an NNX module, in the mode it's to be read in.
+      taps: as for `capture`.
+      examples: inputs, abstract or not.
+
+    Returns:
+      The jaxpr, and ``{path: variable of it}``, (input, output) pairs of variables for "both".
+
+    Raises:
+      ValueError: as `capture`.
+    """
+    graphdef, state = nnx.split(model)
+
+    def run(state: Any, *inputs: Any) -> Any:
+        return capture(nnx.merge(graphdef, state), taps)(*inputs)[1]
+
+    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), examples)
+    closed, shapes = jax.make_jaxpr(run, return_shape=True)(state, *abstract)
+    variables = closed.jaxpr.outvars
+    return closed.jaxpr, jax.tree.unflatten(jax.tree.structure(shapes), variables)

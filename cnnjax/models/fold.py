@@ -105,16 +105,10 @@ def _side_by_side(
     if not pairs:
         return []
     taps = {path: "output" for path, _ in pairs} | {norm: "input" for _, norm in pairs}
-    graphdef, state = nnx.split(model)
-
-    def read(state: Any, x: Any) -> Any:
-        return graph.capture(nnx.merge(graphdef, state), taps)(x)[1]
-
     try:
-        closed, shapes = jax.make_jaxpr(read, return_shape=True)(state, example)
+        _, values = graph.captured_program(model, taps, example)
     except ValueError:  # values can't leave nnx.remat: the comparison at the end decides
         return pairs
-    values = jax.tree.unflatten(jax.tree.structure(shapes), closed.jaxpr.outvars)
     return [(path, norm) for path, norm in pairs if values[path] is values[norm]]
 
 

@@ -83,3 +83,24 @@ def test_a_module_that_is_not_called():
         g.capture(model, "body")(x)
     with pytest.raises(ValueError, match="isn't tapped"):
         g.capture(model, "body/0", add={"body/1": jnp.zeros(())})
+
+
+def test_the_program_says_whether_one_layer_reads_anothers_very_output():
+    class Two(nnx.Module):
+        def __init__(self, between, rngs):
+            self.between = between
+            self.conv, self.norm = nnx.Conv(3, 4, (3, 3), rngs=rngs), nnx.BatchNorm(4, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.conv(x)
+            return self.norm(jax.nn.relu(x) if self.between else x)
+
+    example = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+    for between in (False, True):
+        model = Two(between, nnx.Rngs(0))
+        jaxpr, seen = g.captured_program(model, {"conv": "output", "norm": "both"}, example)
+        read, written = seen["norm"]
+        assert (read is seen["conv"]) is not between
+        assert written in jaxpr.outvars
+    with pytest.raises(ValueError, match="matches nothing"):
+        g.captured_program(model, {"dense": "output"}, example)
