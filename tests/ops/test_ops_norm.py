@@ -67,10 +67,10 @@ def test_forward_mode_and_second_derivatives():
             return jnp.sum(jnp.sin(run(weights, x)[0]) * ct)
 
         gradient = jax.grad(loss, (0, 1))
-        zeros = jax.tree.map(jnp.ones_like, weights)
+        along = jax.tree.map(jnp.ones_like, weights)
         return (
-            jax.jvp(lambda w, x: run(w, x)[0], (weights, x), (zeros, t)),
-            jax.jvp(gradient, (weights, x), (zeros, t))[1],
+            jax.jvp(lambda w, x: run(w, x)[0], (weights, x), (along, t)),
+            jax.jvp(gradient, (weights, x), (along, t))[1],
             jax.grad(lambda x: jnp.sum(gradient(weights, x)[1] * t))(x),
             jax.vmap(lambda x: gradient(weights, x))(jnp.stack([x, 2 * x, -x])),
         )
