@@ -13,9 +13,9 @@ Cases:
             the first layer, as in Kim et al., at half of its outputs alone.
 
 CP: alternating least squares for a fixed number of sweeps from the same random factors (ours of a
-1x1 kernel, which is a matrix, is its SVD); TensorLy's ``parafac`` without tolerance.
-Tucker-2: higher-order orthogonal iteration from the truncated HOSVD (both make
-it themselves; ours of a 1x1 kernel iterates no further), TensorLy's ``partial_tucker``. Peer backends: numpy and jax. Times are
+1x1 kernel, which is a matrix, is its SVD); TensorLy's ``parafac`` without tolerance. Tucker-2:
+higher-order orthogonal iteration from the truncated HOSVD (both make it themselves; ours of a 1x1
+kernel iterates no further), TensorLy's ``partial_tucker``. Peer backends: numpy and jax. Times are
 CPU seconds of the process, all threads together, the least of several runs that alternate between
 the two sides (once for a peer that takes more than five seconds): pin the process to one core, and
 what else the machine does hardly counts. Ours are without compilation, which is shown apart. The
